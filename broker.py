@@ -1,0 +1,1931 @@
+"""The hub: who may do what, who receives what, and when.
+
+This module decides. `wire` says which bytes and messages are legal, `store` keeps what must survive;
+here are presence, routing, delivery and the HTTP routes. It knows nothing of the client's files or of MCP.
+
+Theory of operation. One asyncio task reads each socket in bulk and hands every frame, in order and to
+completion, to one handler out of `HANDLERS`. A handler checks first, writes to the mesh's open
+transaction, and says what it has to say: frames are collected per link, not written. At the end of the
+loop turn `Broker._end_turn` commits each mesh that changed and only then writes, one `write` a socket.
+So an `ack` means durable, a crash loses only what nobody was told, and under load many frames share one
+fsync (SPEC TURN-1).
+
+Delivery has one row per recipient, and one function, `drain`, through which everything passes that can
+make a row deliverable: hello, a more permissive status, a new send, the redelivery timer, room in the
+window of a slow reader. Rows stay `queued` in the store until the recipient's client acknowledges them.
+
+A mesh is a directory; `Mesh` keeps its roster in memory and its `Store` open. A `Peer` is a presence: it
+outlives its socket by a grace. A `Link` is one socket. One timer (`Broker.tick`) does all that is periodic.
+
+Sections: 1 settings and tables, 2 metrics, limits, log, 3 pushes and links, 4 peers and meshes,
+5 delivery, 6 the turn, 7 life of a connection, 8 handlers: delivery, 9 handlers: presence,
+10 handlers: state, audit, info, 11 HTTP routes, 12 start, tick, stop, 13 command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import signal
+import sqlite3
+import ssl
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import store as storage
+import wire
+from store import Member, Pending, Saved, Store
+from wire import CloseCode, HttpError, Refused, UsageError, encode, hex_key, iso
+
+# --- 1. Settings and tables -----------------------------------------------------------------------
+
+VERSION = "0.1.0"  #: the protocol revision `/health` reports (SPEC HTTP-21)
+PORT = 7900
+
+HELLO_SECONDS = 10.0  #: an accepted socket says hello within this time
+MAX_UNAUTHENTICATED = 256  #: sockets that have not said hello, over all meshes
+REPLAY_SECONDS = 120  #: accepted hello and HTTP signatures are remembered this long
+PING_SECONDS = 30.0
+SILENCE_SECONDS = 75.0  #: nothing heard for this long ends a connection
+GRACE_SECONDS = 90.0  #: a dropped presence waits this long for its session
+TICK_SECONDS = 1.0
+REDELIVER_SECONDS = 30.0  #: a push without an acknowledgement is repeated
+RETENTION_SECONDS = 60.0  #: between two retention passes over a mesh
+PENDING_HOOK_MS = 10_000
+HOOK_FRESH_MS = 30_000
+STATUS_TTL_MS = 60_000
+MESSAGE_TTL_MS = 7 * 24 * 3600 * 1000
+HELD_PER_MEMBER = 200
+WINDOW = 512  #: pushes a client may leave unacknowledged before the rest waits in the store
+UNSHOWN_KEPT = 1000  #: delivered but unshown messages that go back to the queue with the connection
+DRAIN_BATCH = 128
+OUTBOX_SOFT = 1024 * 1024  #: bytes; past it stored messages wait and the link's own requests are not read
+OUTBOX_HARD = 8 * 1024 * 1024  #: bytes; past it the socket is closed with 1013
+CHECKPOINT_PAGES = 4096  #: WAL pages that force a checkpoint even under load
+AUDIT_PAGE = (50, 200)  #: default and largest page of audit_query
+
+#: Which priorities a status lets through (SPEC DELIV-4). Order within is acceptance order.
+GATE = {"idle": ("now", "next", "low"), "working": ("now",), "dnd": ("now",)}
+STATUS_RANK = {"hook": 3, "manual": 2, "jsonl": 1}
+STATUSES = tuple(GATE)
+HELD_PRIORITIES = ("now", "next")
+DELIVERED_STATES = ("delivered", "shown")
+FATAL_HELLO = CloseCode.POLICY_VIOLATION
+SUPERSEDED, REVOKED = 4000, 4001
+SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+STAT_NAMES = ("messagesIn", "messagesOut", "toolCalls", "errors")
+
+#: Longest text, in characters, of the fields that end up in rosters and lists (SPEC MSG-9).
+LENGTHS: dict[str, dict[str, int]] = {
+    "hello": {"displayName": 128, "sessionId": 256, "cwd": 4096, "hostname": 256, "channel": 64, "model": 128},
+    "send": {"targetSpec": 256, "id": 128, "client_message_id": 128, "nonce": 64},
+    "set_summary": {"summary": 4096},
+    "set_profile": {"avatar": 2048, "title": 256, "bio": 4096},
+    "join_group": {"name": 64, "role": 64},
+    "set_state": {"key": 256},
+    "get_state": {"key": 256},
+}
+STATE_VALUE_BYTES = 256 * 1024
+MAX_GROUPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an operator may set. Times are in the unit their name says."""
+
+    data: Path
+    host: str = "127.0.0.1"
+    port: int = PORT
+    public_url: str = ""  #: the ws:// or wss:// address put into answers; default: where it listens
+    tls_cert: str = ""
+    tls_key: str = ""
+    synchronous: str = "FULL"
+    max_message: int = wire.MAX_MESSAGE_BYTES
+    max_connections: int = 100  #: per mesh
+    hook_rate: int = 30  #: status hooks per minute and (pid, cwd)
+    send_rate: int = 0  #: sends per second and connection, 0 = unlimited
+    status_ttl: int = STATUS_TTL_MS
+    admin_token: str = ""  #: lets its bearer create meshes from elsewhere than loopback
+
+
+# --- 2. Metrics, limits, log ----------------------------------------------------------------------
+
+#: name: (type, label or "", help). Pinned by `reference` clients' dashboards (SPEC OPS-2).
+METRICS = {
+    "broker_connections_total": ("counter", "", "Accepted WebSockets, before hello."),
+    "broker_connections_rejected_total": ("counter", "reason", "Refused hellos."),
+    "broker_connections_active": ("gauge", "", "Authenticated connections."),
+    "broker_messages_routed_total": ("counter", "priority", "Accepted messages."),
+    "broker_messages_rejected_total": ("counter", "reason", "Frames that were not accepted."),
+    "broker_deliveries_total": ("counter", "stage", "Acknowledged deliveries."),
+    "broker_queue_depth": ("gauge", "", "Deliveries that wait for their recipient."),
+    "broker_commits_total": ("counter", "", "Transactions committed."),
+    "broker_ttl_sweeps_total": ("counter", "", "Presences whose working status ran out."),
+    "broker_hook_requests_total": ("counter", "", "Status hooks."),
+    "broker_hook_requests_rate_limited_total": ("counter", "", "Status hooks refused by the rate limit."),
+    "broker_db_healthy": ("gauge", "", "1 while the last commit succeeded."),
+}
+
+
+class Metrics:
+    """Counters and gauges, printed as Prometheus text 0.0.4 (SPEC OPS-2)."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+
+    def add(self, name: str, label: str = "", amount: float = 1) -> None:
+        """Counts `amount` under `label`, the value of the metric's one label."""
+        series = self.values[name]
+        series[label] = series.get(label, 0) + amount
+
+    def set(self, name: str, value: float) -> None:
+        """Sets a gauge."""
+        self.values[name][""] = value
+
+    def text(self) -> str:
+        """The exposition text; a series nobody touched prints 0."""
+        lines = []
+        for name, (kind, label, about) in METRICS.items():
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+            for value, count in sorted(self.values[name].items()) or [("", 0)]:
+                lines.append(f"{name}{{{label}={json.dumps(value)}}} {count:g}" if value else f"{name} {count:g}")
+        return "\n".join(lines) + "\n"
+
+
+class Buckets:
+    """Token buckets by key: `capacity` at once, refilled continuously over `seconds` (SPEC OPS-5)."""
+
+    LIMIT = 10_000  #: keys are the caller's choice, so their number is bounded
+
+    def __init__(self, capacity: float, seconds: float) -> None:
+        self.capacity, self.rate = capacity, capacity / seconds
+        self.buckets: dict[str, tuple[float, float]] = {}
+
+    def take(self, key: str, now: float) -> bool:
+        """Whether `key` may pass at `now` (seconds)."""
+        tokens, at = self.buckets.pop(key, (self.capacity, now))
+        tokens = min(self.capacity, tokens + (now - at) * self.rate)
+        if len(self.buckets) >= self.LIMIT:
+            del self.buckets[next(iter(self.buckets))]  # the one least recently asked for
+        self.buckets[key] = (tokens - (tokens >= 1), now)
+        return tokens >= 1
+
+
+class Recent:
+    """Signatures seen within `REPLAY_SECONDS`, so that none is accepted twice (SPEC HELLO-5, HTTP-24)."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    def add(self, signature: str, now: float) -> bool:
+        """Remembers `signature`; False if it was seen before."""
+        while self.seen and next(iter(self.seen.values())) < now - REPLAY_SECONDS:
+            del self.seen[next(iter(self.seen))]
+        signature = signature.lower()
+        return signature not in self.seen and self.seen.setdefault(signature, now) == now
+
+
+def log_to_stderr(record: dict[str, Any]) -> None:
+    """The default log of the command: one JSON object a line (SPEC OPS-3)."""
+    sys.stderr.write(encode(record) + "\n")
+
+
+# --- 3. Pushes and links --------------------------------------------------------------------------
+
+
+class Envelope:
+    """One push, encoded once for all who get it; `seq` is None for what is not stored."""
+
+    __slots__ = ("seq", "id", "priority", "base", "_more", "_encoded")
+
+    def __init__(self, seq: int | None, frame: dict[str, Any], more: dict[str, Any]) -> None:
+        self.seq, self.id, self.priority = seq, frame["messageId"], frame["priority"]
+        self.base = encode(frame)[:-1]  # open at the end: each link adds what is its own
+        self._more, self._encoded = more, "" if not more else None
+
+    @property
+    def more(self) -> str:
+        """The fields for clients that offered `target`."""
+        if self._encoded is None:
+            self._encoded = "," + encode(self._more)[1:-1]
+        return self._encoded
+
+
+def stored_push(mesh_id: str, row: Pending) -> Envelope:
+    """The push of an accepted message (SPEC DELIV-14)."""
+    frame = {"type": "push", "messageId": row.id, "meshId": mesh_id, "senderPubkey": row.sender_key,
+             "priority": row.priority, "nonce": row.nonce, "ciphertext": row.ciphertext,
+             "createdAt": iso(row.created_at)}
+    if row.subtype:
+        frame["subtype"] = row.subtype
+    return Envelope(row.seq, frame, {"target": row.target, "senderName": row.sender_name,
+                                     "senderMemberPubkey": row.sender_pubkey})
+
+
+def system_push(mesh_id: str, event: str, data: dict[str, Any], now: int) -> Envelope:
+    """A notification by the broker itself: not stored, not gated (SPEC PRES-8)."""
+    return Envelope(None, {
+        "type": "push", "messageId": _uuid(), "meshId": mesh_id, "senderPubkey": "system", "priority": "low",
+        "nonce": "", "ciphertext": "", "createdAt": iso(now), "subtype": "system", "event": event,
+        "eventData": data}, {})
+
+
+def message_id(now: int) -> str:
+    """A fresh id, 32 characters of 0-9A-Za-z, that sorts by time: the store's index grows at its end."""
+    return f"{now:012x}{secrets.token_hex(10)}"
+
+
+def _uuid() -> str:
+    raw = bytearray(os.urandom(16))
+    raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+class Flight(NamedTuple):
+    """A stored push on its way: the row it settles, its message, and when it was written (seconds)."""
+
+    seq: int
+    recipient: str
+    id: str
+    at: float
+
+
+class Link:
+    """One socket: what is to be written to it, and what it has not acknowledged yet."""
+
+    __slots__ = ("hub", "conn", "address", "opened", "heard", "pinged", "mesh", "peer", "out", "out_bytes",
+                 "speaking", "fresh", "pushed", "inflight", "unshown", "by_id", "written", "acks",
+                 "shows_target", "resuming", "closed")
+
+    def __init__(self, hub: Broker, conn: wire.Connection, address: str, now: float) -> None:
+        self.hub, self.conn, self.address = hub, conn, address
+        self.opened = self.heard = self.pinged = now
+        self.mesh: Mesh | None = None
+        self.peer: Peer | None = None
+        self.out: list[bytes] = []
+        self.out_bytes = 0
+        self.speaking = False  #: in the hub's list of links to write at the end of the turn
+        self.fresh: list[int] = []  #: the turn's pushes, to be forgotten if it cannot be committed
+        self.pushed = 0  #: pushes so far, the `seq` of the newest
+        self.inflight: dict[int, Flight] = {}  #: by `seq`, not acknowledged
+        self.unshown: dict[int, Flight] = {}  #: by `seq`, acknowledged as delivered but not as shown
+        self.by_id: dict[str, int] = {}
+        self.written: list[tuple[int, str]] = []  #: rows final once the socket has taken them
+        self.acks = self.shows_target = False
+        self.resuming: asyncio.Task[None] | None = None
+        self.closed = False
+
+    def say(self, text: str) -> None:
+        """Puts one frame into the outbox of this turn."""
+        frame = self.conn.ws.text(text.encode())
+        self.out.append(frame)
+        self.out_bytes += len(frame)
+        if not self.speaking:
+            self.hub.speak(self)
+
+    def reply(self, frame: dict[str, Any], type: str, **fields: Any) -> None:
+        """Answers `frame`, with its `_reqId` if it has one (SPEC MSG-8)."""
+        answer = {"type": type, **fields}
+        request = frame.get("_reqId")
+        if request and isinstance(request, str):
+            answer["_reqId"] = request
+        self.say(encode(answer))
+
+    def done(self, frame: dict[str, Any]) -> None:
+        """Acknowledges a request that upstream leaves unanswered, if it asks by a `_reqId` (SPEC MSG-8)."""
+        request = frame.get("_reqId")
+        if request and isinstance(request, str):
+            self.say(encode({"type": "ack", "id": request, "messageId": "", "queued": False, "_reqId": request}))
+
+    def push(self, envelope: Envelope, recipient: str = "", sealed_key: str | None = None) -> None:
+        """Sends a push; a stored one stays in flight until it is acknowledged (SPEC DELIV-8)."""
+        self.pushed += 1
+        text = envelope.base
+        if self.shows_target:
+            text += envelope.more
+        if sealed_key is not None:
+            text += f',"sealedKey":{encode(sealed_key)}'
+        if self.acks:
+            text += f',"seq":{self.pushed}'
+        self.say(text + "}")
+        if envelope.seq is None:
+            return
+        if self.acks:
+            self.inflight[self.pushed] = Flight(envelope.seq, recipient, envelope.id, self.hub.now)
+            self.by_id[envelope.id] = self.pushed
+            self.fresh.append(self.pushed)
+        else:
+            self.written.append((envelope.seq, recipient))
+
+    @property
+    def room(self) -> bool:
+        """Whether another stored message may be written (SPEC DELIV-12)."""
+        return len(self.inflight) < WINDOW and self.out_bytes + self.conn.buffered < OUTBOX_SOFT
+
+    def land(self, seqs: Iterable[int], stage: str) -> list[Flight]:
+        """Takes the pushes `seqs` out of flight for `stage`; the rows to settle."""
+        landed = []
+        for seq in seqs:
+            flight = self.inflight.pop(seq, None)
+            if stage == "delivered":
+                if flight is not None:
+                    self.unshown[seq] = flight
+            else:
+                flight = flight or self.unshown.pop(seq, None)
+                if flight is not None and self.by_id.get(flight.id) == seq:
+                    del self.by_id[flight.id]
+            if flight is not None:
+                landed.append(flight)
+        return landed
+
+
+# --- 4. Peers and meshes --------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """A presence: one session of a member, connected (`link`) or within its grace (`left_at`, seconds)."""
+
+    key: str  #: routing key: the session key, else the member key
+    member: Member
+    presence_id: str
+    session_id: str
+    name: str
+    connected_at: int
+    quiet: bool = False
+    sealable: bool = False  #: its client opens sealed multicast bodies
+    link: Link | None = None
+    left_at: float = 0.0
+    status: str = "idle"
+    source: str = "jsonl"
+    status_at: int = 0
+    summary: str | None = None
+    groups: dict[str, str | None] = field(default_factory=dict)
+    visible: bool = True
+    profile: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    saved_stats: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)  #: pid, cwd, hostname, peerType, channel, model
+    backlog: bool = True  #: the store may hold queued rows that are not in flight
+
+    def group_list(self) -> list[dict[str, str]]:
+        """The groups in the form frames carry."""
+        return [{"name": name, "role": role} if role else {"name": name} for name, role in self.groups.items()]
+
+    def write_status(self, status: str, source: str, now: int) -> bool:
+        """The write rule (SPEC STAT-2); whether more priorities pass than before.
+
+        The value is always taken; its attribution stays with a higher-ranked source that said the
+        same within the fresh window.
+        """
+        fresh = now - self.status_at <= HOOK_FRESH_MS
+        if status != self.status or STATUS_RANK[source] >= STATUS_RANK[self.source] or not fresh:
+            self.source = source
+        wider = len(GATE[status]) > len(GATE[self.status])
+        self.status, self.status_at = status, now
+        return wider
+
+    def saved(self, now: int) -> Saved:
+        """What the next session of this member finds again (SPEC PRES-10)."""
+        stats = {name: max(self.saved_stats.get(name, 0), self.stats.get(name, 0)) for name in STAT_NAMES}
+        return Saved(self.group_list(), self.profile, self.visible, self.summary, self.name, stats, now)
+
+
+class Recipient(NamedTuple):
+    """One recipient fixed at acceptance: the key its row is under, the presence if there is one, and the
+    member key for which the row is held when that presence is gone."""
+
+    key: str
+    peer: Peer | None
+    held_for: str | None
+
+
+def in_group(target: str, group: str) -> bool:
+    """Whether `@target` reaches a member of `group`: itself or one above it (SPEC GROUP-3)."""
+    return group == target or group.startswith(target + "/")
+
+
+class Mesh:
+    """One mesh: its store, its members, and who is present."""
+
+    def __init__(self, store: Store) -> None:
+        row = store.mesh()
+        self.store, self.id, self.slug, self.row = store, row.id, row.slug, row
+        self.members: dict[str, Member] = {}
+        self.by_pubkey: dict[str, Member] = {}
+        for member in store.members():
+            self.enrolled(member)
+        self.saved = store.newest_states()
+        self.peers: dict[str, Peer] = {}  #: by routing key, in the order of arrival
+        self.inboxes: dict[str, Peer] = {}  #: quiet connections that take what is queued for a member key
+        self.links: set[Link] = set()
+        self.settled: dict[str, list[tuple[int, str]]] = {}
+        self.pruned_at = 0.0
+
+    def enrolled(self, member: Member) -> None:
+        """Takes a member into the roster."""
+        self.members[member.id] = self.by_pubkey[member.pubkey] = member
+
+    def revoked(self, member: Member) -> None:
+        """Drops a member from the roster."""
+        self.members.pop(member.id, None)
+        self.by_pubkey.pop(member.pubkey, None)
+
+    def sessions(self, member: Member) -> list[Peer]:
+        """The presences of one member."""
+        return [peer for peer in self.peers.values() if peer.member.id == member.id]
+
+    def save(self, peer: Peer, now: int) -> None:
+        """Keeps a peer's saved state; a quiet peer leaves it alone (SPEC PRES-10)."""
+        if not peer.quiet:
+            self.saved[peer.member.id] = saved = peer.saved(now)
+            self.store.save_state(peer.member.id, peer.session_id, saved, now)
+
+    def saved_groups(self, member: Member) -> list[str]:
+        """The groups that decide whether an absent member gets a held row."""
+        saved = self.saved.get(member.id)
+        return [group["name"] for group in (saved.groups if saved else member.groups)]
+
+    # Routing (SPEC DELIV-5). Recipients are fixed here, once, when the message is accepted.
+
+    def route(self, sender: Peer, target: str, priority: str) -> list[Recipient]:
+        """The recipients of `target`; empty if it matches nobody."""
+        key = hex_key(target)
+        if key is not None:
+            return self._direct(key)
+        if target in ("*", "@all"):
+            return self._multicast(sender, priority, lambda groups: True)
+        if target.startswith("@") and len(target) > 1:
+            name = target[1:]
+            return self._multicast(sender, priority, lambda groups: any(in_group(name, g) for g in groups))
+        return []  # names, tags and channels are resolved by clients, never here
+
+    def _direct(self, key: str) -> list[Recipient]:
+        member = self.by_pubkey.get(key)
+        if member is not None:
+            sessions = [Recipient(peer.key, peer, key) for peer in self.sessions(member)]
+            return sessions or [Recipient(key, self.inboxes.get(key), None)]
+        peer = self.peers.get(key)
+        if peer is not None:
+            return [Recipient(key, peer, None)]
+        owner = self.store.session_owner(key)
+        known = owner is not None and owner.member_id in self.members
+        return [Recipient(key, None, None)] if known else []
+
+    def _multicast(self, sender: Peer, priority: str, wanted: Callable[[Iterable[str]], bool]) -> list[Recipient]:
+        found = [Recipient(peer.key, peer, None) for peer in self.peers.values()
+                 if peer.visible and peer is not sender and wanted(peer.groups)]
+        if priority not in HELD_PRIORITIES:
+            return found
+        present = {peer.member.id for peer in self.peers.values()} | {sender.member.id}
+        return found + [Recipient(member.pubkey, self.inboxes.get(member.pubkey), None) for member in self.members.values()
+                        if member.id not in present and wanted(self.saved_groups(member))]
+
+    # Settling: acknowledgements ride in the next commit (DESIGN of the store: no fsync of their own).
+
+    def settle(self, rows: Iterable[tuple[int, str]], state: str) -> None:
+        """Notes rows as settled; written with the next commit, or before anything reads them."""
+        self.settled.setdefault(state, []).extend(rows)
+
+    def write_settled(self, now: int) -> None:
+        """Writes the noted rows into the open transaction."""
+        if self.settled:
+            settled, self.settled = self.settled, {}
+            for state, rows in settled.items():
+                self.store.settle(rows, state, now)
+
+    def commit(self, now: int) -> bool:
+        """Commits what is open; whether there was anything. Raises `sqlite3.Error`."""
+        self.write_settled(now)
+        if not self.store.changed:
+            return False
+        self.store.commit()
+        return True
+
+
+# --- 5. Delivery ----------------------------------------------------------------------------------
+
+
+def drain(hub: Broker, mesh: Mesh, peer: Peer, fresh: Envelope | None = None, sealed_key: str | None = None) -> None:
+    """Pushes to `peer` whatever is deliverable now (SPEC DELIV-3).
+
+    `fresh` is a message accepted this instant; it goes out without a look into the store when nothing
+    older waits, its priority passes and the window has room. Everything else is read from the store in
+    acceptance order.
+    """
+    link = peer.link
+    if link is None:
+        peer.backlog = True
+        return
+    admitted = GATE[peer.status]
+    if fresh is not None:
+        if not peer.backlog and fresh.priority in admitted and link.room:
+            link.push(fresh, peer.key, sealed_key)
+            return
+        peer.backlog = True
+    if peer.backlog:
+        _drain_store(hub, mesh, peer, link, admitted)
+
+
+def _drain_store(hub: Broker, mesh: Mesh, peer: Peer, link: Link, admitted: tuple[str, ...]) -> None:
+    now = hub.clock()
+    mesh.write_settled(now)
+    aloft = {flight.seq for flight in link.inflight.values()} | {seq for seq, _ in link.written}
+    after = 0
+    while link.room:
+        rows = mesh.store.pending(peer.key, admitted, now, after, DRAIN_BATCH)
+        for row in rows:
+            if not link.room:
+                break
+            after = row.seq
+            if row.seq not in aloft:
+                link.push(stored_push(mesh.id, row), peer.key, row.sealed_key)
+        else:
+            if len(rows) < DRAIN_BATCH:
+                peer.backlog = len(admitted) < len(GATE["idle"])  # what the gate holds back stays
+                return
+    hub.when_room(link)
+
+
+def refuse_unsealed(mesh: Mesh, recipients: list[Recipient], sealed: dict[str, str]) -> None:
+    """Raises `sealed_keys_missing` unless each recipient's key is there (SPEC DELIV-16)."""
+    missing = [{"pubkey": r.key, "sealable": r.peer is None or r.peer.sealable}
+               for r in recipients if not isinstance(sealed.get(r.key), str) or r.peer is not None and not r.peer.sealable]
+    if missing:
+        raise Refused("sealed_keys_missing", f"{len(missing)} recipients cannot open this body", missing=missing)
+
+
+# --- 6. The turn ----------------------------------------------------------------------------------
+
+
+class Turn:
+    """Commit, then speak (SPEC TURN-1): the part of the broker that ends each turn of the loop."""
+
+    loop: asyncio.AbstractEventLoop
+    clock: Callable[[], int]
+
+    def __init__(self) -> None:
+        self.speaking: list[Link] = []
+        self.asked: list[tuple[Link, dict[str, Any]]] = []  #: the turn's frames, refused if it cannot be committed
+        self.changed: dict[str, Mesh] = {}
+        self.scheduled = False
+
+    def speak(self, link: Link) -> None:
+        """Has `link` written at the end of this turn."""
+        link.speaking = True
+        self.speaking.append(link)
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Has the turn ended when the callbacks that are ready now have run."""
+        if not self.scheduled:
+            self.scheduled = True
+            self.loop.call_soon(self.end_turn)
+
+    def end_turn(self) -> bool:
+        """Commits every mesh that changed, then writes what was said; False if a commit failed."""
+        self.scheduled = False
+        good = True
+        changed, self.changed = self.changed, {}
+        for mesh in changed.values():
+            good &= self._commit(mesh)
+        self.asked.clear()
+        speaking, self.speaking = self.speaking, []
+        for link in speaking:
+            self._write(link)
+        return good
+
+    def _commit(self, mesh: Mesh) -> bool:
+        try:
+            if mesh.commit(self.clock()):
+                self.metrics.add("broker_commits_total")
+        except sqlite3.Error as error:
+            self.fail_turn(mesh, "storage_error", f"not stored: {error}")
+            return False
+        self.metrics.set("broker_db_healthy", 1)
+        return True
+
+    def fail_turn(self, mesh: Mesh, code: str, message: str) -> None:
+        """Undoes the turn of one mesh: nothing was told to anybody yet, so nothing is lost (TURN-2)."""
+        self.log("error", "turn undone", mesh=mesh.slug, code=code, reason=message)
+        self.metrics.set("broker_db_healthy", 0)
+        mesh.store.rollback()
+        for link in self.speaking:
+            if link.mesh is mesh:
+                link.out.clear()
+                link.out_bytes = 0
+        for link in mesh.links:
+            for seq in link.fresh:
+                link.inflight.pop(seq, None)
+            link.written.clear()
+            if link.peer is not None:
+                link.peer.backlog = True
+        for link, frame in [(link, frame) for link, frame in self.asked if link.mesh is mesh]:
+            self.refuse(link, frame, Refused(code, message))
+        self.asked = [(link, frame) for link, frame in self.asked if link.mesh is not mesh]
+
+    def _write(self, link: Link) -> None:
+        link.speaking = False
+        if link.fresh:
+            link.fresh.clear()
+        if not link.out or link.closed:
+            return
+        data, link.out, link.out_bytes = b"".join(link.out), [], 0
+        link.conn.write(data)
+        buffered = link.conn.buffered
+        if buffered > OUTBOX_HARD:  # OPS-6: frames that are not stored cannot wait without bound
+            self.close_link(link, CloseCode.TRY_AGAIN_LATER, "slow reader")
+        elif link.written and not buffered:
+            self.settle_written(link)
+
+    def settle_written(self, link: Link) -> None:
+        """A client without `client_ack` has received what its socket has taken (SPEC DELIV-2)."""
+        link.mesh.settle(link.written, "final")
+        self.metrics.add("broker_deliveries_total", "written", len(link.written))
+        link.written = []
+
+
+# --- 7. Life of a connection ----------------------------------------------------------------------
+
+
+def admit(hub: Broker, link: Link, hello: dict[str, Any]) -> tuple[Mesh, Member, str, bool]:
+    """The checks of hello in their order (SPEC HELLO-1 to HELLO-9): the mesh, the member, the routing key,
+    and whether the session key was proven. Raises `Refused`."""
+    mesh = hub.find_mesh(hello.get("meshId"))
+    if mesh is not None and len(mesh.links) >= hub.settings.max_connections:
+        raise Refused("capacity", "the mesh has no room for another connection")  # HELLO-1
+    code = wire.verify_hello(hello, hub.clock())
+    if code is not None:
+        raise Refused(code, wire.ERRORS[code])  # HELLO-2, HELLO-3, HELLO-4
+    if hello["signature"].lower() in hub.hellos.seen:
+        raise Refused("replayed", wire.ERRORS["replayed"])  # HELLO-5
+    pubkey = hex_key(hello["pubkey"])
+    member = mesh.by_pubkey.get(pubkey) if mesh is not None and mesh.row.archived_at is None else None
+    if member is None:
+        raise Refused("unauthorized", wire.ERRORS["unauthorized"])  # HELLO-6
+    wire.check(hello)  # HELLO-3: the remaining fields
+    check_lengths(hello)
+    key, proven = _session_key(mesh, member, hello)
+    if not hub.hellos.add(hello["signature"], hub.monotonic()):
+        raise AssertionError("looked up above, and frames are handled one at a time")
+    return mesh, member, key, proven
+
+
+def _session_key(mesh: Mesh, member: Member, hello: dict[str, Any]) -> tuple[str, bool]:
+    """The routing key a hello may use, and whether it proved to hold it (SPEC HELLO-7, HELLO-8)."""
+    session = hello.get("sessionPubkey")
+    if session is None or session.lower() == member.pubkey:
+        return member.pubkey, True
+    key = hex_key(session)
+    if key is None:
+        raise Refused("malformed", "hello.sessionPubkey: expected 64 hex digits")
+    proof = hello.get("sessionSignature")
+    text = wire.session_text(hello["meshId"], hello["pubkey"], session, hello["timestamp"])
+    if proof is not None and not wire.verify(text, proof, key):
+        raise Refused("bad_session_key", "the session proof does not verify")  # HELLO-7
+    owner = mesh.store.session_owner(key)
+    foreign = owner is not None and owner.member_id != member.id
+    claimed = owner is not None and owner.proven
+    # HELLO-8: a proven key needs a proof by its member; an unproven one is not taken over without one
+    if key in mesh.by_pubkey or foreign and (claimed or proof is None) or claimed and proof is None:
+        raise Refused("bad_session_key", wire.ERRORS["bad_session_key"])
+    return key, proof is not None
+
+
+def on_hello(hub: Broker, link: Link, hello: dict[str, Any]) -> None:
+    """hello: authenticates the link and makes, or takes up again, a presence (SPEC HELLO)."""
+    mesh, member, key, proven = admit(hub, link, hello)
+    now = hub.clock()
+    offered = [c for c in hello.get("capabilities") or () if c in wire.CAPABILITIES]
+    saved = mesh.store.load_state(member.id, hello.get("sessionId") or "")
+    earlier = None if "quiet" in offered else mesh.peers.get(key)
+    peer = earlier or _new_peer(hub, mesh, member, key, hello, saved, now)
+    peer.quiet, peer.sealable = "quiet" in offered, "sealed_multicast" in offered
+    _attach(hub, mesh, peer, link, offered)
+    if hello.get("groups"):
+        peer.groups = {group["name"]: group.get("role") for group in hello["groups"][:MAX_GROUPS]}
+    if not peer.quiet:
+        mesh.peers[key] = peer
+        mesh.save(peer, now)
+        if key != member.pubkey:
+            mesh.store.record_session(key, member.id, peer.session_id, proven=proven, sealed=peer.sealable, now=now)
+            mesh.store.claim_held(member.pubkey, key)  # DELIV-6: held rows go to the member's next session
+    if earlier is None and not peer.quiet:
+        mesh.store.audit("peer_joined", member.id, peer.name,
+                         {"pubkey": key, "groups": peer.group_list(), "restored": saved is not None}, now)
+    link.say(encode(_hello_ack(mesh, peer, hello, saved, offered)))
+    if peer.quiet and "inbox" in offered and key == member.pubkey:
+        mesh.inboxes[key] = peer
+    if not peer.quiet or peer in mesh.inboxes.values():
+        peer.backlog = True
+        drain(hub, mesh, peer)  # HELLO-10: hello_ack, then what waited, then the announcement
+    if earlier is None:
+        announce_arrival(hub, mesh, peer, saved)
+    hub.log("info", "hello", mesh=mesh.slug, peer=peer.name, key=key[:12], resumed=earlier is not None)
+
+
+def _new_peer(hub: Broker, mesh: Mesh, member: Member, key: str, hello: dict[str, Any], saved: Saved | None,
+              now: int) -> Peer:
+    peer = Peer(key, member, secrets.token_hex(16), hello.get("sessionId") or "", hello.get("displayName") or member.name,
+                now, status_at=now)
+    peer.where = {"pid": int(hello.get("pid") or 0), "cwd": hello.get("cwd") or ""}
+    peer.where |= {name: hello[name] for name in ("hostname", "peerType", "channel", "model") if hello.get(name)}
+    groups = (saved.groups if saved else None) or member.groups
+    peer.groups = {group["name"]: group.get("role") for group in groups}
+    if saved is not None:
+        peer.visible, peer.profile, peer.summary = saved.visible, dict(saved.profile), saved.summary
+        peer.saved_stats = dict(saved.stats)
+    stash = hub.take_pending_hook(peer, now)
+    if stash is not None:
+        peer.write_status(stash, "hook", now)  # STAT-5
+    return peer
+
+
+def _attach(hub: Broker, mesh: Mesh, peer: Peer, link: Link, offered: list[str]) -> None:
+    """Makes `link` the presence's one socket; an older one is superseded (SPEC PRES-3)."""
+    older, peer.link = peer.link, link
+    if older is not None:
+        mesh.store.requeue_unshown(peer.key)
+        hub.close_link(older, SUPERSEDED, "superseded")
+    link.mesh, link.peer = mesh, peer
+    link.acks, link.shows_target = "client_ack" in offered, "target" in offered
+    mesh.links.add(link)
+    hub.waiting.discard(link)
+
+
+def _hello_ack(mesh: Mesh, peer: Peer, hello: dict[str, Any], saved: Saved | None, offered: list[str]) -> dict[str, Any]:
+    member = peer.member
+    answer: dict[str, Any] = {
+        "type": "hello_ack", "presenceId": peer.presence_id, "memberDisplayName": peer.name,
+        "memberProfile": {"roleTag": member.role_tag, "groups": list(member.groups), "messageMode": member.message_mode},
+        "meshPolicy": {"selfEditable": mesh.row.self_editable}, "services": []}
+    if saved is not None:
+        answer |= {"restored": True, "lastSeenAt": iso(saved.last_seen), "restoredStats": dict(saved.stats)}
+        if saved.summary:
+            answer["lastSummary"] = saved.summary
+        if saved.groups and not hello.get("groups"):
+            answer["restoredGroups"] = list(saved.groups)
+    if "capabilities" in hello:
+        answer["capabilities"] = offered
+    return answer
+
+
+def announce(hub: Broker, mesh: Mesh, peer: Peer, event: str, **data: Any) -> None:
+    """Tells every other connection of the mesh about `peer` (SPEC PRES-8)."""
+    data = {"name": peer.name, "displayName": peer.name, "pubkey": peer.key, **data}
+    push = system_push(mesh.id, event, data, hub.clock())
+    for link in mesh.links:
+        if link.peer is not peer and not link.peer.quiet:
+            link.push(push)
+
+
+def announce_arrival(hub: Broker, mesh: Mesh, peer: Peer, saved: Saved | None) -> None:
+    """`peer_joined`, or `peer_returned` for a member seen before; hidden and quiet peers come unannounced."""
+    if peer.quiet or not peer.visible:
+        return
+    if saved is None:
+        announce(hub, mesh, peer, "peer_joined", groups=peer.group_list())
+        return
+    summary = {"summary": saved.summary} if saved.summary else {}
+    announce(hub, mesh, peer, "peer_returned", groups=peer.group_list(), lastSeenAt=iso(saved.last_seen), **summary)
+
+
+def detach(hub: Broker, link: Link) -> None:
+    """The link is over: its presence ends, or waits for its session (SPEC PRES-4, PRES-5)."""
+    hub.waiting.discard(link)
+    link.closed = True
+    mesh, peer = link.mesh, link.peer
+    if mesh is None or peer is None or link not in mesh.links:
+        return
+    mesh.links.discard(link)
+    if peer.link is not link:
+        return  # superseded: the presence lives on another link
+    peer.link, peer.left_at, peer.backlog = None, hub.monotonic(), True
+    mesh.write_settled(hub.clock())
+    mesh.store.requeue_unshown(peer.key)  # DELIV-9
+    if peer.quiet or link.conn.ws.close_received and link.conn.ws.close_code in (1000, 1001, 1005):
+        end_presence(hub, mesh, peer)
+    hub.touch(mesh)
+
+
+def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
+    """The session has left for good: saves it, releases what was held, tells the others (SPEC PRES-6)."""
+    now = hub.clock()
+    if peer.quiet:
+        if mesh.inboxes.get(peer.key) is peer:
+            del mesh.inboxes[peer.key]
+        return
+    if mesh.peers.get(peer.key) is peer:
+        del mesh.peers[peer.key]
+    mesh.save(peer, now)
+    mesh.store.touch_member(peer.member.id, now)
+    mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
+    mesh.store.release_held(peer.key)
+    for other in mesh.sessions(peer.member):
+        mesh.store.claim_held(peer.member.pubkey, other.key)
+        other.backlog = True
+        drain(hub, mesh, other)
+    if peer.visible:
+        announce(hub, mesh, peer, "peer_left")
+    hub.touch(mesh)
+
+
+# --- 8. Handlers: delivery ------------------------------------------------------------------------
+# Each takes (hub, link, frame). The frame fits the table, the link is authenticated. Order within:
+# check (raise Refused), store, reply, notify.
+
+
+def check_lengths(frame: dict[str, Any]) -> None:
+    """Raises `too_large` for a text longer than its limit (SPEC MSG-9)."""
+    for name, most in LENGTHS.get(frame["type"], {}).items():
+        value = frame.get(name)
+        if value is not None and len(value) > most:
+            raise Refused("too_large", f"{frame['type']}.{name}: longer than {most} characters")
+
+
+def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """send: accepts a message for everyone its target names, or says why not (SPEC DELIV-1)."""
+    mesh, peer = link.mesh, link.peer
+    target, priority = frame["targetSpec"], frame.get("priority") or "next"
+    client_id, sealed = frame.get("client_message_id") or None, frame.get("sealedKeys")
+    digest = None
+    if client_id is not None:
+        digest = hashlib.sha256("\0".join((target, priority, frame["nonce"], frame["ciphertext"])).encode()).hexdigest()
+        first = mesh.store.find_client_message(peer.member.id, client_id)
+        if first is not None:  # DELIV-11, before the rate limit
+            _repeat_ack(link, frame, first, digest)
+            return
+    if hub.send_buckets is not None and not hub.send_buckets.take(peer.presence_id, hub.monotonic()):
+        raise Refused("rate_limited", wire.ERRORS["rate_limited"])
+    recipients = mesh.route(peer, target, priority)
+    if not recipients:
+        raise Refused("no_such_recipient", f"{target[:70]}: {wire.ERRORS['no_such_recipient']}")  # DELIV-7
+    if sealed is not None:
+        refuse_unsealed(mesh, recipients, sealed)
+    now = hub.clock()
+    row = Pending(0, message_id(now), peer.key, peer.name, peer.member.pubkey, target, priority,
+                  frame["nonce"], frame["ciphertext"], None, now, None)
+    online = sum(1 for r in recipients if r.peer is not None and r.peer.link is not None)
+    row = _accept(mesh, peer, row, recipients, sealed or {}, client_id, digest, online)
+    hub.metrics.add("broker_messages_routed_total", priority)
+    link.reply(frame, "ack", id=frame.get("id") or "", messageId=row.id, queued=True,
+               recipients={"online": online, "held": len(recipients) - online})
+    push = stored_push(mesh.id, row)
+    for recipient in recipients:
+        if recipient.peer is not None:
+            drain(hub, mesh, recipient.peer, push, sealed and sealed[recipient.key])
+
+
+def _accept(mesh: Mesh, sender: Peer, row: Pending, recipients: list[Recipient], sealed: dict[str, str],
+            client_id: str | None, digest: str | None, online: int) -> Pending:
+    """Stores a message, its deliveries and its audit entry in the open transaction (SPEC DELIV-1)."""
+    seq = mesh.store.accept(
+        id=row.id, sender_member=sender.member.id, sender_key=row.sender_key, sender_name=row.sender_name,
+        target=row.target, priority=row.priority, nonce=row.nonce, ciphertext=row.ciphertext, subtype=row.subtype,
+        client_id=client_id, digest=digest, now=row.created_at, expires_at=row.created_at + MESSAGE_TTL_MS,
+        online=online, held=len(recipients) - online)
+    for key, peer, held_for in recipients:
+        mesh.store.add_delivery(seq, key, held_for, sealed.get(key))
+        if key in mesh.by_pubkey and (peer is None or peer.quiet):
+            mesh.store.trim_held(key, HELD_PER_MEMBER, row.created_at)  # DELIV-6
+    mesh.store.audit("message_sent", sender.member.id, sender.name,
+                     {"priority": row.priority, "targetSpec": row.target}, row.created_at)
+    return row._replace(seq=seq)
+
+
+def _repeat_ack(link: Link, frame: dict[str, Any], first: storage.SentMessage, digest: str) -> None:
+    """Answers a repeated send with its first result (SPEC DELIV-11)."""
+    if first.digest != digest:
+        raise Refused("id_conflict", wire.ERRORS["id_conflict"])
+    link.reply(frame, "ack", id=frame.get("id") or "", messageId=first.id, queued=True,
+               recipients={"online": first.online, "held": first.held})
+
+
+def on_client_ack(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """client_ack: settles one push, or all up to a `seq` (SPEC DELIV-8)."""
+    stage, up_to, message = frame.get("stage") or "delivered", frame.get("upTo"), frame.get("brokerMessageId")
+    if not link.acks or (up_to is None) == (message is None):
+        raise Refused("malformed", "client_ack: expected upTo or brokerMessageId, after offering client_ack")
+    if message is not None:
+        seqs = [link.by_id[message]] if message in link.by_id else []
+    else:
+        pools = (link.inflight,) if stage == "delivered" else (link.unshown, link.inflight)
+        seqs = [seq for pool in pools for seq in _up_to(pool, up_to)]
+    landed = link.land(seqs, stage)
+    if landed:
+        link.mesh.settle([(flight.seq, flight.recipient) for flight in landed], stage)
+        hub.metrics.add("broker_deliveries_total", stage, len(landed))
+        _forget_oldest_unshown(hub, link)
+        if link.peer.backlog:
+            drain(hub, link.mesh, link.peer)
+    link.done(frame)
+
+
+def _up_to(pool: dict[int, Flight], up_to: float) -> list[int]:
+    seqs = []
+    for seq in pool:  # in the order of pushing, so the first beyond ends it
+        if seq > up_to:
+            break
+        seqs.append(seq)
+    return seqs
+
+
+def _forget_oldest_unshown(hub: Broker, link: Link) -> None:
+    """Beyond the newest, a delivery that is never shown counts as final (SPEC DELIV-10)."""
+    if len(link.unshown) < UNSHOWN_KEPT * 3 // 2:
+        return
+    oldest = list(link.unshown)[:len(link.unshown) - UNSHOWN_KEPT]
+    flights = [link.unshown.pop(seq) for seq in oldest]
+    for flight in flights:
+        link.by_id.pop(flight.id, None)
+    link.mesh.write_settled(hub.clock())
+    link.mesh.store.finish_delivered(link.peer.key, flights[-1].seq, hub.clock())
+    hub.touch(link.mesh)
+
+
+def on_message_status(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """message_status: what became of a message, recipient by recipient (SPEC DELIV-13)."""
+    mesh, peer = link.mesh, link.peer
+    mesh.write_settled(hub.clock())
+    found = mesh.store.message_status(frame["messageId"])
+    if found is None or not _may_ask(peer, *found):
+        raise Refused("not_found", "no such message")
+    message, deliveries = found
+    recipients = [_recipient_status(mesh, message, delivery) for delivery in deliveries]
+    done = bool(recipients) and all(r["state"] in DELIVERED_STATES for r in recipients)
+    link.reply(frame, "message_status_result", messageId=message.id, targetSpec=message.target, delivered=done,
+               deliveredAt=max(r["at"] for r in recipients) if done else None, recipients=recipients)
+
+
+def _may_ask(peer: Peer, message: storage.MessageRow, deliveries: list[storage.DeliveryRow]) -> bool:
+    keys = (peer.key, peer.member.pubkey)
+    return message.sender_member == peer.member.id or any(d.recipient in keys for d in deliveries)
+
+
+def _recipient_status(mesh: Mesh, message: storage.MessageRow, delivery: storage.DeliveryRow) -> dict[str, Any]:
+    peer = mesh.peers.get(delivery.recipient)
+    state = "delivered" if delivery.state == "final" else delivery.state
+    online = peer is not None and peer.link is not None
+    if state == "queued" and online and message.id in peer.link.by_id:
+        state = "pushed"
+    status = "delivered" if state in DELIVERED_STATES else "held" if online else "disconnected"
+    return {"name": peer.name if peer else delivery.name or "unknown", "pubkey": delivery.recipient,
+            "status": status, "state": state, "at": iso(delivery.at) if delivery.at else None}
+
+
+# --- 9. Handlers: presence ------------------------------------------------------------------------
+
+
+def on_set_status(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_status: the manual writer of the status machine, the only way into and out of dnd (SPEC STAT-3)."""
+    hub.write_status(link.mesh, link.peer, frame["status"], "manual")
+    link.done(frame)
+
+
+def on_set_summary(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_summary: one line about the session's work (SPEC PRES-9)."""
+    link.peer.summary = frame.get("summary") or ""
+    link.mesh.save(link.peer, hub.clock())
+    link.done(frame)
+
+
+def on_set_stats(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_stats: the session's own counters, replaced whole (SPEC PRES-12)."""
+    stats = frame.get("stats") or {}
+    link.peer.stats = {name: stats[name] for name in (*STAT_NAMES, "uptime") if stats.get(name) is not None}
+    link.done(frame)
+
+
+def on_set_visible(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_visible: hides from or shows to lists and multicasts (SPEC PRES-11)."""
+    peer, visible = link.peer, frame["visible"]
+    changed, peer.visible = peer.visible != visible, visible
+    link.mesh.save(peer, hub.clock())
+    link.reply(frame, "ack", id=frame.get("_reqId") or "", messageId="", queued=False)
+    if changed and not peer.quiet:
+        announce(hub, link.mesh, peer, "peer_visible" if visible else "peer_hidden")
+
+
+def on_set_profile(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_profile: merges the fields that are given (SPEC PRES-9)."""
+    given = {name: frame[name] for name in ("avatar", "title", "bio", "capabilities") if frame.get(name) is not None}
+    if len(encode(given)) > 16 * 1024:
+        raise Refused("too_large", "set_profile: longer than 16 KiB")
+    link.peer.profile = {**link.peer.profile, **given}
+    link.mesh.save(link.peer, hub.clock())
+    link.reply(frame, "ack", id=frame.get("_reqId") or "", messageId="", queued=False)
+
+
+def on_join_group(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """join_group: joins, or changes the role there (SPEC GROUP-1, GROUP-2)."""
+    name, groups = frame["name"], link.peer.groups
+    if not name.strip() or name == "all" or name.startswith("@") or not name.isprintable():
+        raise Refused("invalid_name", f"not a group name: {name[:64]!r}")  # GROUP-1: @all is everyone
+    if name not in groups and len(groups) >= MAX_GROUPS:
+        raise Refused("limit", f"a session is in {MAX_GROUPS} groups at most")
+    groups[name] = frame.get("role") or None
+    link.mesh.save(link.peer, hub.clock())
+    link.done(frame)
+
+
+def on_leave_group(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """leave_group: leaves; a group one is not in is left already (SPEC GROUP-2)."""
+    link.peer.groups.pop(frame["name"], None)
+    link.mesh.save(link.peer, hub.clock())
+    link.done(frame)
+
+
+def on_list_peers(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_peers: who is present, oldest connection first (SPEC PRES-7)."""
+    own = link.peer.member.id
+    link.reply(frame, "peers_list", peers=[
+        _peer_entry(peer) for peer in sorted(link.mesh.peers.values(), key=lambda p: p.connected_at)
+        if peer.visible or peer.member.id == own])
+
+
+def _peer_entry(peer: Peer) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "pubkey": peer.key, "displayName": peer.name, "status": peer.status, "summary": peer.summary,
+        "groups": peer.group_list(), "sessionId": peer.session_id, "connectedAt": iso(peer.connected_at),
+        "visible": peer.visible, "memberPubkey": peer.member.pubkey}
+    entry |= {name: value for name, value in peer.where.items() if name != "pid"}
+    if peer.stats:
+        entry["stats"] = peer.stats
+    if peer.profile:
+        entry["profile"] = peer.profile
+    if peer.link is None:
+        entry["reconnecting"] = True
+    return entry
+
+
+# --- 10. Handlers: state, audit, info -------------------------------------------------------------
+
+
+def on_set_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_state: writes one shared key and tells the others (SPEC STATE-1)."""
+    mesh, peer, key, value = link.mesh, link.peer, frame["key"], frame["value"]
+    if not key:
+        raise Refused("malformed", "set_state.key: empty")
+    if len(encode(value).encode()) > STATE_VALUE_BYTES:
+        raise Refused("too_large", f"set_state.value: longer than {STATE_VALUE_BYTES} bytes")
+    now = hub.clock()
+    mesh.store.set_state(key, value, peer.member.id, peer.member.name, now)
+    mesh.store.audit("state_set", peer.member.id, peer.name, {"key": key}, now)  # AUDIT-4: never the value
+    link.done(frame)
+    change = encode({"type": "state_change", "key": key, "value": value, "updatedBy": peer.member.name})
+    for other in mesh.links:
+        if other is not link and not other.peer.quiet:
+            other.say(change)
+
+
+def _state_entry(row: storage.StateRow) -> dict[str, Any]:
+    return {"key": row.key, "value": row.value, "updatedBy": row.updated_by, "updatedAt": iso(row.updated_at)}
+
+
+def on_get_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """get_state: one shared key; an absent one has empty `updatedBy` and `updatedAt` (SPEC STATE-2)."""
+    row = link.mesh.store.get_state(frame["key"])
+    entry = _state_entry(row) if row else {"key": frame["key"], "value": None, "updatedBy": "", "updatedAt": ""}
+    link.reply(frame, "state_result", **entry)
+
+
+def on_list_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_state: every shared key, by key (SPEC STATE-3)."""
+    link.reply(frame, "state_list", entries=[_state_entry(row) for row in link.mesh.store.list_state()])
+
+
+def on_mesh_info(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """mesh_info: the mesh at a glance (SPEC PRES-13)."""
+    mesh, peer = link.mesh, link.peer
+    shown = [p for p in mesh.peers.values() if p.visible or p.member.id == peer.member.id]
+    link.reply(
+        frame, "mesh_info_result", mesh=mesh.id, peers=len(shown),
+        groups=sorted({f"@{name}" for p in shown for name in p.groups}),
+        stateKeys=[row.key for row in mesh.store.list_state()], memoryCount=0, fileCount=0,
+        tasks={"open": 0, "claimed": 0, "done": 0}, streams=[], tables=[], collections=[],
+        yourName=peer.name, yourGroups=peer.group_list())
+
+
+def on_audit_query(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """audit_query: the log, newest first (SPEC AUDIT-5)."""
+    default, most = AUDIT_PAGE
+    limit = max(0, min(int(frame.get("limit") or default), most))
+    rows, total = link.mesh.store.audit_page(limit, max(0, int(frame.get("offset") or 0)), frame.get("eventType"))
+    link.reply(frame, "audit_result", total=total, entries=[
+        {"id": row.id, "eventType": row.event_type, "actor": row.actor or "system", "payload": row.payload,
+         "hash": row.hash, "createdAt": iso(row.created_at)} for row in rows])
+
+
+def on_audit_verify(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """audit_verify: recomputes the chain, in a thread of its own (SPEC AUDIT-6)."""
+    directory = hub.directory(link.mesh.slug)
+
+    async def verify() -> None:
+        verdict = await asyncio.to_thread(storage.verify_audit, directory)
+        broken = {} if verdict.valid else {"brokenAt": verdict.broken_at}
+        link.reply(frame, "audit_verify_result", valid=verdict.valid, entries=verdict.entries, head=verdict.head, **broken)
+
+    hub.later(link, frame, verify(), "audit_verify_error")
+
+
+#: message type: its handler. What the table knows and this does not is `not_implemented`.
+HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
+    "send": on_send, "client_ack": on_client_ack, "message_status": on_message_status,
+    "set_status": on_set_status, "set_summary": on_set_summary, "set_stats": on_set_stats,
+    "set_visible": on_set_visible, "set_profile": on_set_profile,
+    "join_group": on_join_group, "leave_group": on_leave_group, "list_peers": on_list_peers,
+    "set_state": on_set_state, "get_state": on_get_state, "list_state": on_list_state,
+    "mesh_info": on_mesh_info, "audit_query": on_audit_query, "audit_verify": on_audit_verify,
+}
+
+
+# --- 11. HTTP routes ------------------------------------------------------------------------------
+
+CORS = (("Access-Control-Allow-Origin", "*"), ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, OPTIONS"),
+        ("Access-Control-Allow-Headers",
+         "Authorization, Content-Type, X-Mesh-Id, X-Member-Id, X-File-Name, X-Tags, X-Persistent, X-Target-Spec, "
+         "X-Encrypted, X-Owner-Pubkey, X-File-Keys, X-Mesh-Key, X-Mesh-Time, X-Mesh-Signature"))
+JSON_BODY_BYTES = 64 * 1024
+PRESET = wire.read_type("{displayName?: string, roleTag?: string, groups?: [Group], messageMode?: push|inbox|off}")
+JOIN_RATE = (60, 60.0)  #: enrolments per address, and the seconds over which they refill
+
+
+class Denied(HttpError):
+    """A request that is refused with a code: `{"ok": false, "error": code, "message": ...}` (SPEC HTTP-22)."""
+
+    def __init__(self, status: int, code: str, message: str = "") -> None:
+        super().__init__(status, message or code)
+        self.code = code
+
+
+class Call(NamedTuple):
+    """One HTTP request on its way through a route: `ids` are the variable parts of its path."""
+
+    request: wire.Request
+    ids: tuple[str, ...]
+    loopback: bool
+    address: str
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object in the body. Raises `Denied`."""
+        try:
+            return wire.decode(self.request.body)
+        except Refused as error:
+            raise Denied(400, "bad_request", error.message) from None
+
+
+def http_health(hub: Broker, call: Call) -> dict[str, Any]:
+    """GET /health: 200 while the store can commit (SPEC HTTP-21)."""
+    up = hub.metrics.values["broker_db_healthy"].get("", 1) == 1
+    body = {"status": "ok" if up else "degraded", "db": "up" if up else "down", "version": VERSION,
+            "gitSha": os.environ.get("GIT_SHA") or "unknown", "uptime": int(hub.monotonic() - hub.started)}
+    return body if up else {"": 503, **body}
+
+
+def http_metrics(hub: Broker, call: Call) -> str:
+    """GET /metrics: Prometheus text (SPEC OPS-2)."""
+    hub.metrics.set("broker_connections_active", sum(len(mesh.links) for mesh in hub.meshes.values()))
+    return hub.metrics.text()
+
+
+def http_set_status(hub: Broker, call: Call) -> dict[str, Any]:
+    """POST /hook/set-status: the hook writer of the status machine (SPEC STAT-4, STAT-5)."""
+    body = call.body()
+    cwd, status, pid, session = (body.get(name) for name in ("cwd", "status", "pid", "session_id"))
+    hub.metrics.add("broker_hook_requests_total")
+    if not isinstance(cwd, str) or not cwd or status not in STATUSES:
+        return {"ok": False, "error": f"expected cwd and a status out of {', '.join(STATUSES)}"}
+    pid = pid if type(pid) is int else 0
+    if not hub.hook_buckets.take(f"{pid}:{cwd}", hub.monotonic()):
+        hub.metrics.add("broker_hook_requests_rate_limited_total")
+        raise Denied(429, "rate_limited")
+    matched = hub.match_hook(cwd, pid, session if isinstance(session, str) else "")
+    if not matched:
+        hub.stash_hook(cwd, pid, session if isinstance(session, str) else "", status)
+        return {"ok": True, "pending": True}
+    for mesh, peer in matched:
+        if peer.status != "dnd":  # STAT-4: a hook never leaves dnd
+            hub.write_status(mesh, peer, status, "hook")
+    return {"ok": True, "presence_id": matched[0][1].presence_id}
+
+
+def http_join(hub: Broker, call: Call) -> dict[str, Any]:
+    """POST /join: enrols a member with an invite; the checks of SPEC INV-6 in their order."""
+    if not hub.join_buckets.take(call.address, hub.monotonic()):
+        raise Denied(429, "rate_limited")
+    body = call.body()
+    token, payload, pubkey, name = (body.get(k) for k in ("invite_token", "invite_payload", "peer_pubkey", "display_name"))
+    if not (isinstance(token, str) and token and isinstance(payload, dict) and isinstance(name, str) and name.strip()):
+        raise Denied(400, "expected invite_token, invite_payload, peer_pubkey and display_name")
+    pubkey = hex_key(pubkey)
+    if pubkey is None or len(name) > 128:
+        raise Denied(400, "peer_pubkey: expected 64 hex digits, display_name: at most 128 characters")
+    mesh = _invite_mesh(hub, token, payload)
+    try:
+        member, already = mesh.store.enrol(token, pubkey, name.strip(), hub.clock())
+    except storage.JoinRefused as error:
+        raise Denied(400, error.code) from None
+    if already:
+        return {"ok": True, "memberId": member.id, "alreadyMember": True}
+    mesh.store.audit("member_joined", member.id, member.name, {"pubkey": pubkey, "role": member.role}, hub.clock())
+    mesh.enrolled(member)
+    return {"ok": True, "memberId": member.id}
+
+
+def _invite_mesh(hub: Broker, token: str, payload: dict[str, Any]) -> Mesh:
+    try:
+        good = wire.verify_invite(payload)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise Denied(400, "invite_bad_signature")
+    mesh = hub.find_mesh(payload.get("mesh_id"))
+    if mesh is None or mesh.row.archived_at is not None:
+        raise Denied(400, "mesh_not_found")
+    if hex_key(payload["owner_pubkey"]) != mesh.row.owner_pubkey:
+        raise Denied(400, "invite_owner_mismatch")
+    try:
+        same = wire.decode_invite(token) == payload
+    except wire.InviteError:
+        raise Denied(400, "invite_not_found") from None
+    if not same:  # INV-7: an old payload does not lend its role to a newer token
+        raise Denied(400, "invite_payload_mismatch")
+    return mesh
+
+
+def http_create_mesh(hub: Broker, call: Call) -> dict[str, Any]:
+    """POST /mesh: a new mesh for the owner key that signs the request (SPEC HTTP-25)."""
+    bearer = call.request.headers.get("authorization", "").removeprefix("Bearer ")
+    token = hub.settings.admin_token
+    if not call.loopback and not (token and hmac.compare_digest(bearer.encode(), token.encode())):
+        raise Denied(403, "forbidden", "meshes are created from this machine, or with the admin token")
+    body = call.body()
+    slug, name, owner = body.get("slug"), body.get("name"), hex_key(body.get("owner_pubkey"))
+    if owner is None or owner != hub.signer(call):
+        raise Denied(403, "forbidden", "the request is not signed by owner_pubkey")
+    if not isinstance(slug, str) or not SLUG.fullmatch(slug):
+        raise Denied(400, "bad_slug", "a slug is a-z, 0-9 and -, at most 63 characters")
+    if slug in hub.slugs.values() or hub.directory(slug).exists():
+        raise Denied(409, "slug_taken", f"there is a mesh called {slug}")
+    mesh = hub.create_mesh(slug, name if isinstance(name, str) and name else slug, owner)
+    return {"ok": True, "meshId": mesh.id, "slug": slug, "brokerUrl": hub.public_url}
+
+
+def http_mesh(hub: Broker, call: Call) -> dict[str, Any]:
+    """GET /mesh/<id>: what the mesh is called and who owns it, for its members (SPEC HTTP-26)."""
+    mesh, _ = hub.authorise(call, admin=False)
+    return {"ok": True, "meshId": mesh.id, "slug": mesh.slug, "name": mesh.row.name, "ownerPubkey": mesh.row.owner_pubkey}
+
+
+def http_add_invite(hub: Broker, call: Call) -> dict[str, Any]:
+    """POST /mesh/<id>/invites: registers an invite the owner has signed (SPEC INV-8)."""
+    mesh, actor = hub.authorise(call, admin=True)
+    body = call.body()
+    token, uses, preset = body.get("token"), body.get("maxUses", 1), body.get("preset") or {}
+    try:
+        payload = wire.read_invite(token if isinstance(token, str) else "", hub.clock() // 1000)
+    except wire.InviteError as error:
+        raise Denied(400, f"invite_{error.code}", str(error)) from None
+    if hex_key(payload["owner_pubkey"]) != mesh.row.owner_pubkey or payload["mesh_id"] != mesh.id:
+        raise Denied(400, "invite_owner_mismatch")
+    if type(uses) is not int or not 1 <= uses <= 100_000 or PRESET.fault(preset) is not None:
+        raise Denied(400, "bad_request", f"maxUses: expected 1 to 100000; preset: expected {PRESET.text}")
+    try:
+        invite = mesh.store.add_invite(token, role=payload["role"], max_uses=uses, preset=preset,
+                                       expires_at=int(payload["expires_at"] * 1000), created_by=actor, now=hub.clock())
+    except storage.StoreError:
+        raise Denied(409, "invite_exists") from None
+    mesh.store.audit("invite_created", actor, None, {"invite": invite.id, "maxUses": uses, "role": invite.role}, hub.clock())
+    return {"ok": True, "inviteId": invite.id}
+
+
+def http_invites(hub: Broker, call: Call) -> dict[str, Any]:
+    """GET /mesh/<id>/invites: every invite, without its token (SPEC INV-8)."""
+    mesh, _ = hub.authorise(call, admin=True)
+    return {"ok": True, "invites": [
+        {"id": i.id, "role": i.role, "maxUses": i.max_uses, "usedCount": i.used_count, "expiresAt": i.expires_at,
+         "createdAt": i.created_at, "revokedAt": i.revoked_at} for i in mesh.store.invites()]}
+
+
+def http_revoke_invite(hub: Broker, call: Call) -> dict[str, Any]:
+    """DELETE /mesh/<id>/invites/<invite>: nobody joins with it any more (SPEC INV-8)."""
+    mesh, actor = hub.authorise(call, admin=True)
+    if not mesh.store.revoke_invite(call.ids[1], hub.clock()):
+        raise Denied(404, "not_found", "no such invite, or already revoked")
+    mesh.store.audit("invite_revoked", actor, None, {"invite": call.ids[1]}, hub.clock())
+    return {"ok": True}
+
+
+def http_members(hub: Broker, call: Call) -> dict[str, Any]:
+    """GET /mesh/<id>/members: who may enter the mesh (SPEC HTTP-27)."""
+    mesh, _ = hub.authorise(call, admin=False)
+    return {"ok": True, "members": [_member_entry(mesh, member) for member in mesh.store.members()]}
+
+
+def _member_entry(mesh: Mesh, member: Member) -> dict[str, Any]:
+    online = sum(1 for peer in mesh.sessions(member) if peer.link is not None)
+    entry = {"id": member.id, "pubkey": member.pubkey, "displayName": member.name, "permission": member.role,
+             "roleTag": member.role_tag, "groups": list(member.groups), "messageMode": member.message_mode,
+             "joinedAt": iso(member.joined_at), "online": online > 0, "sessionCount": online}
+    return entry if member.last_seen_at is None else {**entry, "lastSeenAt": iso(member.last_seen_at)}
+
+
+def http_revoke_member(hub: Broker, call: Call) -> dict[str, Any]:
+    """DELETE /mesh/<id>/members/<member>: revokes, and closes its connections with 4001 (SPEC HTTP-27)."""
+    mesh, actor = hub.authorise(call, admin=True)
+    member = mesh.members.get(call.ids[1])
+    if member is None or not mesh.store.revoke_member(member.id, hub.clock()):
+        raise Denied(404, "not_found", "no such member")
+    mesh.store.audit("member_revoked", actor, None, {"member": member.id}, hub.clock())
+    for link in [link for link in mesh.links if link.peer.member.id == member.id]:
+        hub.close_link(link, REVOKED, "revoked")
+    for peer in mesh.sessions(member):
+        peer.link = None
+        end_presence(hub, mesh, peer)
+    mesh.revoked(member)
+    return {"ok": True}
+
+
+#: (method, path with <variable> parts): handler. Routing ignores the query (SPEC HTTP-20).
+ROUTES: dict[tuple[str, str], Callable[[Broker, Call], dict[str, Any] | str]] = {
+    ("GET", "/health"): http_health,
+    ("GET", "/metrics"): http_metrics,
+    ("POST", "/hook/set-status"): http_set_status,
+    ("POST", "/join"): http_join,
+    ("POST", "/mesh"): http_create_mesh,
+    ("GET", "/mesh/<mesh>"): http_mesh,
+    ("POST", "/mesh/<mesh>/invites"): http_add_invite,
+    ("GET", "/mesh/<mesh>/invites"): http_invites,
+    ("DELETE", "/mesh/<mesh>/invites/<invite>"): http_revoke_invite,
+    ("GET", "/mesh/<mesh>/members"): http_members,
+    ("DELETE", "/mesh/<mesh>/members/<member>"): http_revoke_member,
+}
+_PATTERNS = [(method, re.compile(re.sub(r"<\w+>", "([^/]+)", path)), handler)
+             for (method, path), handler in ROUTES.items()]
+
+
+def find_route(method: str, path: str) -> tuple[Callable[[Broker, Call], dict[str, Any] | str], tuple[str, ...]]:
+    """The handler of a request and the variable parts of its path. Raises `HttpError` 404."""
+    wanted = "GET" if method == "HEAD" else method
+    for route_method, pattern, handler in _PATTERNS:
+        match = pattern.fullmatch(path)
+        if match is not None and route_method == wanted:
+            return handler, match.groups()
+    raise HttpError(404, "not found")
+
+
+def answer(result: dict[str, Any] | str, *, head: bool) -> bytes:
+    """The HTTP answer for what a route returned; the key "" is a status other than 200."""
+    if isinstance(result, str):
+        return wire.response(200, result.encode(), head=head, headers=[("Content-Type", "text/plain; version=0.0.4"), *CORS])
+    status = result.pop("", 200)
+    return wire.response(status, encode(result).encode(), head=head, headers=[("Content-Type", "application/json"), *CORS])
+
+
+def refusal(error: HttpError, *, head: bool) -> bytes:
+    """The HTTP answer for a refused request: JSON where a route refused, plain text where HTTP did."""
+    if isinstance(error, Denied):
+        return answer({"": error.status, "ok": False, "error": error.code, "message": error.message}, head=head)
+    if error.status == 413:
+        return answer({"": 413, "ok": False, "error": "too_large", "message": error.message}, head=head)
+    if error.status == 404:
+        return wire.response(404, b"not found", head=head, headers=CORS)
+    return wire.error_response(error, headers=CORS, head=head)
+
+
+# --- 12. Start, tick, stop ------------------------------------------------------------------------
+
+
+class Broker(Turn):
+    """A running hub: `async with Broker(data=path, port=0) as broker: broker.url` (SPEC OPS-1).
+
+    Keyword arguments are the fields of `Settings`; besides, for tests and embedding: `clock` (wall time in
+    ms), `monotonic` (seconds) and `log`, called with one record a line. Starting raises `OSError` when the
+    port cannot be had and `UsageError` for settings that make no sense.
+    """
+
+    def __init__(self, *, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+                 monotonic: Callable[[], float] = time.monotonic,
+                 log: Callable[[dict[str, Any]], None] | None = None, **settings: Any) -> None:
+        super().__init__()
+        settings["data"] = Path(settings["data"])
+        self.settings = Settings(**settings)
+        self.clock, self.monotonic, self._log = clock, monotonic, log
+        self.now = self.started = monotonic()
+        self.metrics = Metrics()
+        self.slugs: dict[str, str] = {}  #: mesh id: slug, for every directory under `data`
+        self.meshes: dict[str, Mesh] = {}  #: the open ones
+        self.waiting: set[Link] = set()  #: sockets that have not said hello
+        self.hellos, self.http_signatures = Recent(), Recent()
+        self.pending_hooks: dict[tuple[str, int], tuple[str, str, int]] = {}
+        self.hook_buckets = Buckets(self.settings.hook_rate, 60.0)
+        self.join_buckets = Buckets(*JOIN_RATE)
+        rate = self.settings.send_rate
+        self.send_buckets = Buckets(rate, 1.0) if rate else None
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.url = ""
+
+    @property
+    def public_url(self) -> str:
+        """The address put into answers: the configured one, else where the broker listens."""
+        return self.settings.public_url or self.url
+
+    # Starting and stopping
+
+    async def __aenter__(self) -> Broker:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Reads the index of meshes, then listens."""
+        self.loop = asyncio.get_running_loop()
+        self.settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in sorted(self.settings.data.iterdir()):
+            self._index(path)
+        tls = self._tls()
+        self.server = await asyncio.start_server(self._accept, self.settings.host, self.settings.port, ssl=tls)
+        port = self.server.sockets[0].getsockname()[1]
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        self.url = f"{'wss' if tls else 'ws'}://{host}:{port}/ws"
+        self.metrics.set("broker_db_healthy", 1)
+        self.timer = self.loop.call_later(TICK_SECONDS, self._ticked)
+        self.log("info", "listening", url=self.url, meshes=len(self.slugs))
+
+    def _index(self, path: Path) -> None:
+        try:
+            identity = storage.mesh_identity(path) if path.is_dir() else None
+        except storage.StoreError as error:
+            self.log("error", "mesh skipped", mesh=path.name, reason=str(error))
+            return
+        if identity is not None:
+            self.slugs[identity[0]] = path.name
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self.settings.tls_cert:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key or None)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"TLS certificate or key: {error}") from None
+        return context
+
+    async def stop(self) -> None:
+        """Closes every connection with 1001, saves every presence, commits, and closes the files (SPEC OPS-4)."""
+        self.timer.cancel()
+        self.server.close()
+        self.end_turn()
+        for link in [*self.waiting, *(link for mesh in self.meshes.values() for link in mesh.links)]:
+            self.close_link(link, CloseCode.GOING_AWAY, "shutting down")
+        for mesh in self.meshes.values():
+            self.attempt(mesh, self._save_all, mesh)
+        self.end_turn()
+        await self._settle_tasks()
+        for mesh in self.meshes.values():
+            mesh.store.close()
+        self.log("info", "stopped")
+
+    def _save_all(self, mesh: Mesh) -> None:
+        now = self.clock()
+        for peer in list(mesh.peers.values()):
+            mesh.store.requeue_unshown(peer.key)
+            mesh.save(peer, now)
+            mesh.store.touch_member(peer.member.id, now)
+            mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
+            mesh.store.release_held(peer.key)
+        mesh.peers.clear()
+
+    async def _settle_tasks(self) -> None:
+        if self.tasks:
+            _, late = await asyncio.wait(self.tasks, timeout=3.0)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def log(self, level: str, message: str, **context: Any) -> None:
+        """One record of the log; never a secret, a whole key or the content of a message (SPEC OPS-3)."""
+        if self._log is not None:
+            self._log({"ts": iso(self.clock()), "level": level, "component": "broker", "msg": message, **context})
+
+    # Meshes
+
+    def directory(self, slug: str) -> Path:
+        """Where a mesh lives."""
+        return self.settings.data / slug
+
+    def find_mesh(self, mesh_id: Any) -> Mesh | None:
+        """The open mesh of that id, opening its directory at first use; None if there is none."""
+        mesh = self.meshes.get(mesh_id) if isinstance(mesh_id, str) else None
+        if mesh is not None or not isinstance(mesh_id, str) or mesh_id not in self.slugs:
+            return mesh
+        try:
+            opened = Mesh(Store(self.directory(self.slugs[mesh_id]), synchronous=self.settings.synchronous))
+        except storage.StoreError as error:
+            self.log("error", "mesh not opened", mesh=self.slugs[mesh_id], reason=str(error))
+            raise Refused("storage_error", "the mesh cannot be opened; the broker's log says why") from None
+        return self.meshes.setdefault(mesh_id, opened)
+
+    def create_mesh(self, slug: str, name: str, owner_pubkey: str) -> Mesh:
+        """Makes the directory of a new mesh and opens it."""
+        store = Store.create(self.directory(slug), mesh_id=secrets.token_hex(16), slug=slug, name=name,
+                             owner_pubkey=owner_pubkey, now=self.clock(), synchronous=self.settings.synchronous)
+        mesh = Mesh(store)
+        store.audit("mesh_created", None, None, {"slug": slug}, self.clock())
+        self.slugs[mesh.id], self.meshes[mesh.id] = slug, mesh
+        self.touch(mesh)
+        return mesh
+
+    # Sockets
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One accepted socket: an HTTP request, or a WebSocket until it ends."""
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        try:
+            await self._serve(reader, writer)
+        except OSError:
+            pass  # the peer has gone; whatever it was owed is in the store
+        except Exception as error:
+            self.log("error", "connection failed", error=type(error).__name__, reason=str(error)[:200])
+        finally:
+            self.tasks.discard(task)
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = False
+        try:
+            request = await wire.read_request(reader, timeout=HELLO_SECONDS)
+            if request is None:
+                return
+            head = request.method == "HEAD"
+            if request.path == "/ws" and wire.wants_upgrade(request):
+                await self._serve_websocket(request, reader, writer)
+                return
+            writer.write(await self._serve_http(request, reader, writer))
+        except HttpError as error:
+            writer.write(refusal(error, head=head))
+        except Refused as error:
+            writer.write(refusal(Denied(503, error.code, error.message), head=head))
+        await wire.hang_up(reader, writer)
+
+    async def _serve_http(self, request: wire.Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        if request.method == "OPTIONS":
+            return wire.response(204, headers=CORS)
+        handler, ids = find_route(request.method, request.path)
+        await wire.read_body(request, reader, writer, max_body=JSON_BODY_BYTES)
+        address = str((writer.get_extra_info("peername") or ("",))[0])
+        call = Call(request, ids, _is_loopback(address), address)
+        try:
+            result = handler(self, call)
+        except sqlite3.Error as error:
+            self.undo_all(f"not stored: {error}")
+            raise Denied(503, "storage_error", wire.ERRORS["storage_error"]) from None
+        self.touch_all()
+        if not self.end_turn():
+            raise Denied(503, "storage_error", wire.ERRORS["storage_error"])
+        return answer(result, head=request.method == "HEAD")
+
+    async def _serve_websocket(self, request: wire.Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self.waiting) >= MAX_UNAUTHENTICATED:
+            raise HttpError(503, "too many connections that have not said hello")  # HELLO-12
+        connection = wire.Connection.accept(request, reader, writer, max_message=self.settings.max_message)
+        link = Link(self, connection, str(connection.peername), self.monotonic())
+        self.metrics.add("broker_connections_total")
+        self.waiting.add(link)
+        try:
+            while (messages := await connection.receive()) is not None:
+                link.heard = self.now = self.monotonic()
+                for message in messages:
+                    self.handle(link, message)
+                if connection.buffered > OUTBOX_SOFT:
+                    await connection.drain()  # OPS-6: who does not read is not read
+        finally:
+            self.attempt(link.mesh, detach, self, link)
+        await connection.close()
+
+    # Frames
+
+    def handle(self, link: Link, text: str | bytes) -> None:
+        """One inbound frame, to completion (SPEC MSG-1 to MSG-8)."""
+        if link.closed:
+            return
+        try:
+            frame = wire.decode(text)
+        except Refused:
+            self.metrics.add("broker_messages_rejected_total", "malformed")
+            return  # MSG-8: it carries no id to answer to
+        self.asked.append((link, frame))
+        self.schedule()
+        try:
+            self._dispatch(link, frame)
+        except Refused as error:
+            self.refuse(link, frame, error)
+        except sqlite3.Error as error:
+            self._failed(link, frame, "storage_error", f"not stored: {error}")
+        except Exception as error:  # our own mistake: the peer learns that it failed, the log learns where
+            at = error.__traceback__
+            while at.tb_next is not None:
+                at = at.tb_next
+            self.log("error", "handler failed", type=str(frame.get("type"))[:40], error=f"{type(error).__name__}: {error}"[:200],
+                     at=f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
+            self._failed(link, frame, "internal", wire.ERRORS["internal"])
+
+    def _dispatch(self, link: Link, frame: dict[str, Any]) -> None:
+        if link.mesh is None:
+            if frame.get("type") != "hello":
+                raise Refused("no_hello", wire.ERRORS["no_hello"])
+            on_hello(self, link, frame)
+        else:
+            message = wire.check(frame)
+            check_lengths(frame)
+            if message.name == "hello":
+                raise Refused("already_authenticated", wire.ERRORS["already_authenticated"])  # HELLO-11
+            handler = HANDLERS.get(message.name)
+            if handler is None:
+                raise Refused("not_implemented", f"{message.name}: {wire.ERRORS['not_implemented']}")
+            handler(self, link, frame)
+        if link.mesh.store.changed:
+            self.touch(link.mesh)
+
+    def _failed(self, link: Link, frame: dict[str, Any], code: str, message: str) -> None:
+        if link.mesh is not None:
+            self.fail_turn(link.mesh, code, message)
+        else:
+            self.refuse(link, frame, Refused(code, message))
+
+    def refuse(self, link: Link, frame: dict[str, Any], error: Refused) -> None:
+        """Answers with an `error`, if there is an id to answer to; a refused hello ends the connection."""
+        self.metrics.add("broker_messages_rejected_total", error.code)
+        kind, request, send_id = frame.get("type"), frame.get("_reqId"), frame.get("id")
+        answer = {"type": "error", "code": error.code, "message": error.message, **error.extra}
+        if request and isinstance(request, str):
+            answer["_reqId"] = request
+        if kind == "send" and send_id and isinstance(send_id, str):
+            answer["id"] = send_id
+        if "_reqId" in answer or "id" in answer or kind == "hello" or error.code == "no_hello":
+            link.say(encode(answer))  # MSG-8
+        if kind == "hello" and error.code != "already_authenticated":
+            self.metrics.add("broker_connections_rejected_total", error.code)
+            self.log("info", "hello refused", code=error.code, address=link.address)
+            self.close_link(link, FATAL_HELLO, error.code)
+
+    def touch(self, mesh: Mesh) -> None:
+        """Has `mesh` committed at the end of this turn."""
+        self.changed[mesh.id] = mesh
+        self.schedule()
+
+    def touch_all(self) -> None:
+        """Has every mesh with an open transaction committed at the end of this turn."""
+        for mesh in self.meshes.values():
+            if mesh.store.changed:
+                self.touch(mesh)
+
+    def undo_all(self, reason: str) -> None:
+        """Undoes the turn of every mesh with an open transaction."""
+        for mesh in self.meshes.values():
+            self.fail_turn(mesh, "storage_error", reason)
+
+    def attempt(self, mesh: Mesh | None, step: Callable[..., None], *args: Any) -> None:
+        """Runs a step that belongs to no frame; a store that refuses undoes the turn, nothing else."""
+        try:
+            step(*args)
+        except sqlite3.Error as error:
+            self.fail_turn(mesh, "storage_error", f"not stored: {error}")
+
+    def later(self, link: Link, frame: dict[str, Any], work: Coroutine[Any, Any, None], code: str) -> None:
+        """Runs `work`, which answers `frame` itself, beside the connection; a failure becomes an `error`."""
+
+        async def run() -> None:
+            try:
+                await work
+            except storage.StoreError as error:
+                self.refuse(link, frame, Refused(code, str(error)))
+
+        task = self.loop.create_task(run())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def when_room(self, link: Link) -> None:
+        """Drains the link's peer again once its socket has taken what is buffered (SPEC DELIV-12)."""
+        if link.resuming is not None or link.closed or len(link.inflight) >= WINDOW:
+            return  # an acknowledgement will open the window
+
+        async def resume() -> None:
+            await asyncio.sleep(0)  # after the end of this turn
+            await link.conn.drain()
+            link.resuming = None
+            if link.peer.link is link:
+                self.attempt(link.mesh, drain, self, link.mesh, link.peer)
+
+        link.resuming = self.loop.create_task(resume())
+
+    def close_link(self, link: Link, code: int, reason: str) -> None:
+        """Writes what the link still has to say, then a close frame; its reader sees the end."""
+        if link.closed:
+            return
+        link.closed = True
+        if link.out:
+            link.conn.write(b"".join(link.out))
+            link.out, link.out_bytes = [], 0
+        link.conn.begin_close(code, reason)
+
+    # Signed HTTP
+
+    def signer(self, call: Call) -> str:
+        """The key that signed a request just now and for the first time (SPEC HTTP-23, HTTP-24). Raises `Denied`."""
+        headers, request = call.request.headers, call.request
+        key, stamp, signature = (headers.get(f"x-mesh-{name}", "") for name in ("key", "time", "signature"))
+        if hex_key(key) is None or not re.fullmatch(r"\d{1,16}", stamp):
+            raise Denied(401, "unauthorized", "expected the headers X-Mesh-Key, X-Mesh-Time and X-Mesh-Signature")
+        if abs(self.clock() - int(stamp)) > wire.HELLO_SKEW_MS:
+            raise Denied(401, "timestamp_skew", wire.ERRORS["timestamp_skew"])
+        text = wire.http_text(request.method, request.target, request.body, int(stamp), key)
+        if not wire.verify(text, signature, key):
+            raise Denied(401, "bad_signature", "the signature does not verify")
+        if not self.http_signatures.add(signature, self.monotonic()):
+            raise Denied(401, "replayed", "this very request was accepted before")
+        return key.lower()
+
+    def authorise(self, call: Call, *, admin: bool) -> tuple[Mesh, str | None]:
+        """The mesh a request is about, and the id of the member who signed it, None for the owner.
+
+        `admin` asks for the owner or an admin, else any member will do (SPEC HTTP-26). Raises `Denied`.
+        """
+        key = self.signer(call)
+        mesh = self.find_mesh(call.ids[0])
+        if mesh is not None and key == mesh.row.owner_pubkey:
+            return mesh, None
+        member = mesh.by_pubkey.get(key) if mesh is not None else None
+        if member is None:
+            raise Denied(401, "unauthorized", "the key is no live member of that mesh")
+        if admin and member.role != "admin":
+            raise Denied(403, "forbidden", "only the owner or an admin may do that")
+        return mesh, member.id
+
+    # Status hooks
+
+    def write_status(self, mesh: Mesh, peer: Peer, status: str, source: str) -> None:
+        """One write to the status machine; what it newly admits is delivered (SPEC STAT-2, DELIV-3)."""
+        if peer.write_status(status, source, self.clock()):
+            drain(self, mesh, peer)
+
+    def match_hook(self, cwd: str, pid: int, session: str) -> list[tuple[Mesh, Peer]]:
+        """The presences a status hook is about: by session id, else pid and cwd, else the newest in cwd, and
+        that session's presences in the other meshes (SPEC STAT-4)."""
+        present = [(mesh, peer) for mesh in self.meshes.values() for peer in mesh.peers.values() if peer.link is not None]
+        found = [pair for pair in present if session and pair[1].session_id == session]
+        here = [pair for pair in present if pair[1].where["cwd"] == cwd]
+        found = found or [pair for pair in here if pair[1].where["pid"] == pid]
+        if found or not here:
+            return found
+        newest = max(here, key=lambda pair: pair[1].connected_at)[1]
+        return [pair for pair in here if (pair[1].session_id, pair[1].where["pid"]) == (newest.session_id, newest.where["pid"])]
+
+    def stash_hook(self, cwd: str, pid: int, session: str, status: str) -> None:
+        """Keeps a status for a session that has not connected yet (SPEC STAT-5)."""
+        if len(self.pending_hooks) >= 1000:
+            del self.pending_hooks[next(iter(self.pending_hooks))]
+        self.pending_hooks.pop((cwd, pid), None)
+        self.pending_hooks[cwd, pid] = (status, session, self.clock())
+
+    def take_pending_hook(self, peer: Peer, now: int) -> str | None:
+        """The status stashed for a peer, by pid and cwd or by session id; it is used once (SPEC STAT-5)."""
+        for (cwd, pid), (status, session, at) in reversed(list(self.pending_hooks.items())):
+            named = session and session == peer.session_id
+            if now - at <= PENDING_HOOK_MS and (named or (cwd, pid) == (peer.where["cwd"], peer.where["pid"])):
+                del self.pending_hooks[cwd, pid]
+                return status
+        return None
+
+    # Time
+
+    def _ticked(self) -> None:
+        self.timer = self.loop.call_later(TICK_SECONDS, self._ticked)
+        self.tick()
+
+    def tick(self) -> None:
+        """All that is periodic, once a second (SPEC OPS-7)."""
+        now = self.now = self.monotonic()
+        for link in [link for link in self.waiting if now - link.opened > HELLO_SECONDS]:
+            self.close_link(link, FATAL_HELLO, "no hello")  # HELLO-12
+        self._forget_hooks()
+        for mesh in self.meshes.values():
+            self.attempt(mesh, self._tick_mesh, mesh, now)
+        self.metrics.set("broker_queue_depth", sum(mesh.store.queue_depth() for mesh in self.meshes.values()))
+
+    def _forget_hooks(self) -> None:
+        limit = self.clock() - PENDING_HOOK_MS
+        while self.pending_hooks and next(iter(self.pending_hooks.values()))[2] < limit:
+            del self.pending_hooks[next(iter(self.pending_hooks))]
+
+    def _tick_mesh(self, mesh: Mesh, now: float) -> None:
+        for link in list(mesh.links):
+            self._tick_link(mesh, link, now)
+        self._tick_status(mesh)
+        for peer in [p for p in mesh.peers.values() if p.link is None and now - p.left_at > GRACE_SECONDS]:
+            end_presence(self, mesh, peer)  # PRES-5
+        if now - mesh.pruned_at > RETENTION_SECONDS and not mesh.store.prune(self.clock()):
+            mesh.pruned_at = now  # STORE-19: bounded passes, one a second until nothing is left to do
+        if mesh.settled or mesh.store.changed:
+            self.touch(mesh)
+        elif mesh.store.wal_pages():
+            mesh.store.checkpoint()  # idle: the moment when a checkpoint delays nobody
+
+    def _tick_link(self, mesh: Mesh, link: Link, now: float) -> None:
+        if now - link.heard > SILENCE_SECONDS:  # OPS-8
+            link.conn.abort()
+            return
+        if now - link.pinged >= PING_SECONDS:
+            link.pinged = now
+            link.conn.ping()
+        if link.written and not link.conn.buffered:
+            self.settle_written(link)
+        oldest = next(iter(link.inflight.values()), None)
+        if oldest is not None and now - oldest.at > REDELIVER_SECONDS and link.peer.link is link:
+            late = [seq for seq, flight in link.inflight.items() if now - flight.at > REDELIVER_SECONDS]
+            for seq in late:  # DELIV-8: back to the store, and out again under a new seq
+                del link.by_id[link.inflight.pop(seq).id]
+            link.peer.backlog = True
+            drain(self, mesh, link.peer)
+
+    def _tick_status(self, mesh: Mesh) -> None:
+        late = self.clock() - self.settings.status_ttl
+        stuck = [p for p in mesh.peers.values() if p.status == "working" and p.status_at < late]
+        for peer in stuck:
+            self.write_status(mesh, peer, "idle", "jsonl")  # STAT-6
+        if stuck:
+            self.metrics.add("broker_ttl_sweeps_total", "", len(stuck))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+# --- 13. Command line -----------------------------------------------------------------------------
+
+
+def default_data() -> Path:
+    """Where `claudemesh broker` keeps its meshes unless told otherwise."""
+    base = os.environ.get("CLAUDEMESH_CONFIG_DIR") or str(Path.home() / ".claudemesh")
+    return Path(base) / "broker"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `claudemesh broker`."""
+    options = argparse.ArgumentParser(prog="claudemesh broker", description="Run a broker in the foreground.")
+    options.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    options.add_argument("--port", type=int, default=PORT, help="port, 0 for any free one (default: %(default)s)")
+    options.add_argument("--data", type=Path, default=None, help="directory of the meshes (default: ~/.claudemesh/broker)")
+    options.add_argument("--public-url", default="", metavar="URL", help="ws:// or wss:// address put into invites")
+    options.add_argument("--tls-cert", default="", metavar="FILE", help="PEM certificate chain; serves wss and https")
+    options.add_argument("--tls-key", default="", metavar="FILE", help="PEM key, if not in the certificate file")
+    options.add_argument("--synchronous", choices=["FULL", "NORMAL", "OFF"], default="FULL",
+                         help="SQLite durability; below FULL an acknowledged message can be lost with the power")
+    options.add_argument("--max-message", type=int, default=wire.MAX_MESSAGE_BYTES, metavar="BYTES")
+    options.add_argument("--max-connections", type=int, default=100, metavar="N", help="per mesh (default: %(default)s)")
+    options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection")
+    options.add_argument("--admin-token", default=os.environ.get("CLAUDEMESH_ADMIN_TOKEN", ""), metavar="TOKEN",
+                         help="lets its bearer create meshes from other machines (or CLAUDEMESH_ADMIN_TOKEN)")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`claudemesh broker`: serves until SIGTERM or SIGINT. 0 after an orderly stop, 1 if it cannot serve."""
+    options = vars(parser().parse_args(argv))
+    options["data"] = options["data"] or default_data()
+    try:
+        asyncio.run(_run(Broker(log=log_to_stderr, **options)))
+    except (OSError, UsageError, storage.StoreError, OverflowError) as error:
+        print(f"claudemesh broker: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(broker: Broker) -> None:
+    ended = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, ended.set)
+    async with broker:
+        await ended.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
