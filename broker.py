@@ -72,7 +72,7 @@ UNSHOWN_KEPT = 1000  #: delivered but unshown messages that go back to the queue
 DRAIN_BATCH = 128
 OUTBOX_SOFT = 1024 * 1024  #: bytes; past it stored messages wait and the link's own requests are not read
 OUTBOX_HARD = 8 * 1024 * 1024  #: bytes; past it the socket is closed with 1013
-CHECKPOINT_PAGES = 4096  #: WAL pages that force a checkpoint even under load
+CHECKPOINT_COMMITS = 64  #: a log that is written over again costs half of one that grows
 AUDIT_PAGE = (50, 200)  #: default and largest page of audit_query
 
 #: Which priorities a status lets through (SPEC DELIV-4). Order within is acceptance order.
@@ -121,7 +121,7 @@ class Settings:
 
 # --- 2. Metrics, limits, log ----------------------------------------------------------------------
 
-#: name: (type, label or "", help). Pinned by `reference` clients' dashboards (SPEC OPS-2).
+#: name: (type, label or "", help). Names and types are upstream's, but for deliveries and commits (SPEC OPS-2).
 METRICS = {
     "broker_connections_total": ("counter", "", "Accepted WebSockets, before hello."),
     "broker_connections_rejected_total": ("counter", "reason", "Refused hellos."),
@@ -433,6 +433,7 @@ class Mesh:
         self.links: set[Link] = set()
         self.settled: dict[str, list[tuple[int, str]]] = {}
         self.pruned_at = 0.0
+        self.unmoved = 0  #: commits since the last checkpoint
 
     def enrolled(self, member: Member) -> None:
         """Takes a member into the roster."""
@@ -512,7 +513,15 @@ class Mesh:
         if not self.store.changed:
             return False
         self.store.commit()
+        self.unmoved += 1
+        if self.unmoved >= CHECKPOINT_COMMITS:
+            self.checkpoint()
         return True
+
+    def checkpoint(self) -> None:
+        """Moves the write-ahead log into the database, so that the next commit begins it anew."""
+        self.unmoved = 0
+        self.store.checkpoint()
 
 
 # --- 5. Delivery ----------------------------------------------------------------------------------
@@ -1197,6 +1206,7 @@ def http_health(hub: Broker, call: Call) -> dict[str, Any]:
 def http_metrics(hub: Broker, call: Call) -> str:
     """GET /metrics: Prometheus text (SPEC OPS-2)."""
     hub.metrics.set("broker_connections_active", sum(len(mesh.links) for mesh in hub.meshes.values()))
+    hub.metrics.set("broker_queue_depth", sum(mesh.store.queue_depth() for mesh in hub.meshes.values()))
     return hub.metrics.text()
 
 
@@ -1458,7 +1468,7 @@ class Broker(Turn):
         for path in sorted(self.settings.data.iterdir()):
             self._index(path)
         tls = self._tls()
-        self.server = await asyncio.start_server(self._accept, self.settings.host, self.settings.port, ssl=tls)
+        self.server = await wire.serve(self._accept, self.settings.host, self.settings.port, tls=tls)
         port = self.server.sockets[0].getsockname()[1]
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         self.url = f"{'wss' if tls else 'ws'}://{host}:{port}/ws"
@@ -1608,17 +1618,20 @@ class Broker(Turn):
         self.metrics.add("broker_connections_total")
         self.waiting.add(link)
         try:
-            while (messages := await connection.receive()) is not None:
-                link.heard = self.now = self.monotonic()
-                for message in messages:
-                    self.handle(link, message)
-                if connection.buffered > OUTBOX_SOFT:
-                    await connection.drain()  # OPS-6: who does not read is not read
+            await connection.pump(lambda messages: self.read(link, messages))
         finally:
             self.attempt(link.mesh, detach, self, link)
+            self.end_turn()
         await connection.close()
 
     # Frames
+
+    def read(self, link: Link, messages: list[str | bytes]) -> None:
+        """What one read has brought, frame by frame."""
+        link.heard = self.now = self.monotonic()
+        for message in messages:
+            self.handle(link, message)
+        link.conn.hold(OUTBOX_SOFT)  # OPS-6: who does not read is not read
 
     def handle(self, link: Link, text: str | bytes) -> None:
         """One inbound frame, to completion (SPEC MSG-1 to MSG-8)."""
@@ -1826,7 +1839,6 @@ class Broker(Turn):
         self._forget_hooks()
         for mesh in self.meshes.values():
             self.attempt(mesh, self._tick_mesh, mesh, now)
-        self.metrics.set("broker_queue_depth", sum(mesh.store.queue_depth() for mesh in self.meshes.values()))
 
     def _forget_hooks(self) -> None:
         limit = self.clock() - PENDING_HOOK_MS
@@ -1843,8 +1855,8 @@ class Broker(Turn):
             mesh.pruned_at = now  # STORE-19: bounded passes, one a second until nothing is left to do
         if mesh.settled or mesh.store.changed:
             self.touch(mesh)
-        elif mesh.store.wal_pages():
-            mesh.store.checkpoint()  # idle: the moment when a checkpoint delays nobody
+        elif mesh.unmoved:
+            mesh.checkpoint()  # idle: the moment when it delays nobody
 
     def _tick_link(self, mesh: Mesh, link: Link, now: float) -> None:
         if now - link.heard > SILENCE_SECONDS:  # OPS-8

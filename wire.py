@@ -34,7 +34,7 @@ import ssl
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from http import HTTPStatus
@@ -756,8 +756,61 @@ def check_upgrade_response(lines: list[str], key: str) -> None:
 
 # --- 8. WebSocket: the connection over asyncio streams --------------------------------------------
 
+class Tap(asyncio.StreamReader):
+    """A stream reader that can pass on what arrives from the transport's own callback.
+
+    Waking a task for each read costs as much as all the work on a frame; a broker has two reads a message.
+    """
+
+    sink: Callable[[bytes], None] | None = None
+
+    def divert(self, sink: Callable[[bytes], None]) -> None:
+        """From now on call `sink` with what arrives, first with what is here already; b"" is the end."""
+        here = bytes(self._buffer)
+        self._buffer.clear()
+        self._maybe_resume_transport()
+        if here:
+            sink(here)
+        if self.at_eof():
+            sink(b"")
+        self.sink = sink
+
+    def feed_data(self, data: bytes) -> None:
+        """Called by the transport."""
+        if self.sink is None:
+            super().feed_data(data)
+        else:
+            self.sink(data)
+
+    def feed_eof(self) -> None:
+        """Called by the transport, at the end of the stream or when it broke."""
+        super().feed_eof()
+        if self.sink is not None:
+            self.sink(b"")
+
+    def set_exception(self, exc: Exception) -> None:
+        """Called by the transport when it broke: the stream has ended."""
+        super().set_exception(exc)
+        if self.sink is not None:
+            self.sink(b"")
+
+
+async def serve(client: Callable[[Tap, asyncio.StreamWriter], Coroutine[Any, Any, None]], host: str, port: int, *,
+                tls: ssl.SSLContext | None = None) -> asyncio.Server:
+    """Listen, and run `client` as a task for each socket, as `asyncio.start_server` does, with a `Tap` to read from.
+
+    Raises OSError.
+    """
+    loop = asyncio.get_running_loop()
+
+    def protocol() -> asyncio.StreamReaderProtocol:
+        return asyncio.StreamReaderProtocol(Tap(limit=MAX_HEADER_BYTES, loop=loop), client, loop=loop)
+
+    return await loop.create_server(protocol, host, port, ssl=tls)
+
+
 class Connection:
-    """A WebSocket on a stream, either side. One task calls `receive`; anything may write.
+    """A WebSocket on a stream, either side. One task calls `receive` or `pump`; anything may write.
 
     `write` puts framed bytes (`text_frame`) on the socket, without waiting and without failing: to a peer
     that has gone, or after our close frame, it does nothing. `buffered` says how much has not left yet.
@@ -771,6 +824,7 @@ class Connection:
         self.write: Callable[[bytes], object] = writer.write
         self._owner: asyncio.Task[object] | None = None     # the task that receives
         self._deadline: asyncio.TimerHandle | None = None
+        self._held: asyncio.Task[None] | None = None
 
     @classmethod
     def accept(cls, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *,
@@ -808,6 +862,41 @@ class Connection:
             self.writer.write(ws.take_output())
         self.write = _nothing
         return None
+
+    async def pump(self, handle: Callable[[list[str | bytes]], None]) -> None:
+        """Call `handle` with the messages each read completes, until the connection is at its end; needs a `Tap`.
+
+        `handle` runs in the transport's callback and must not raise. Call `close` afterwards: it writes the
+        close frame that answers or fails, after whatever was still to be written (WS-16).
+        """
+        ended = asyncio.get_running_loop().create_future()
+
+        def sink(data: bytes) -> None:
+            ws = self.ws
+            messages = ws.receive(data) if data else ws.receive_eof()
+            if messages:
+                handle(messages)
+            if not ws.ended:
+                if ws.output:
+                    self.writer.write(ws.take_output())
+                    self.hold(READ_BYTES)    # WS-15: who pings and does not read is not read either
+            elif not ended.done():
+                ended.set_result(None)
+
+        self._owner = asyncio.current_task()
+        self.reader.divert(sink)
+        await ended
+
+    def hold(self, limit: int) -> None:
+        """Stop reading while more than `limit` bytes wait for a peer that does not read."""
+        if self._held is None and self.buffered > limit:
+            self.writer.transport.pause_reading()
+            self._held = asyncio.get_running_loop().create_task(self._resume())
+
+    async def _resume(self) -> None:
+        await self.drain()
+        self._held = None
+        self.writer.transport.resume_reading()
 
     def send(self, payload: str | bytes) -> None:
         """One text message, one write. UsageError: lone surrogate."""

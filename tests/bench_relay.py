@@ -92,6 +92,7 @@ class Relay:
     def __init__(self, command: list[str], **popen: object) -> None:
         self.process = subprocess.Popen(command, cwd=ROOT, **popen)  # type: ignore[call-overload]
         self.url = ""
+        self.members: Members | None = None
 
     def cpu(self) -> float:
         """Seconds of processor time used so far."""
@@ -121,6 +122,7 @@ def start_broker(data: str) -> Relay:
                   stderr=subprocess.PIPE, text=True)
     relay.url = json.loads(relay.process.stderr.readline())["url"]
     threading.Thread(target=relay.process.stderr.read, daemon=True).start()  # or the pipe of its log fills
+    relay.members = Members(relay)
     return relay
 
 
@@ -232,9 +234,8 @@ async def receiver(end: End, ack: bool) -> None:
         pass
 
 
-async def load(relay: Relay, shape: Shape, seconds: float) -> float:
-    """Messages accepted per second, or deliveries per second for a fan-out."""
-    members = Members(relay) if relay.process.args[1] != "-c" else None
+async def load(relay: Relay, members: Members | None, shape: Shape, seconds: float) -> float:
+    """Messages per second, or deliveries per second for a fan-out; the naive relay has no `members`."""
     lanes, tasks, ends = [], [], []
     for lane in range(shape.senders):
         group = f"g{lane}" if shape.fan > 1 else None
@@ -281,13 +282,13 @@ async def throughput(relays: dict[str, Relay], options: argparse.Namespace) -> N
         values: dict[str, list[float]] = {name: [] for name in relays}
         for _ in range(options.rounds):
             for name, relay in relays.items():
-                values[name].append(await load(relay, shape, options.seconds))
+                values[name].append(await load(relay, relay.members, shape, options.seconds))
         report(shape.name, values, "/s")
 
 
 async def steady(relay: Relay, rate: int, count: int) -> None:
     """Latency from write to push at a steady rate, and the processor time it costs."""
-    members = Members(relay)
+    members = relay.members
     (target, key), (source, _) = await connect(relay, members), await connect(relay, members)
     latencies: list[float] = []
     template = json.dumps({"type": "send", "id": "x", "targetSpec": key, "priority": "next", "nonce": NONCE, "ciphertext": BODY})
@@ -319,7 +320,7 @@ async def steady(relay: Relay, rate: int, count: int) -> None:
 
 async def hellos(relay: Relay, count: int) -> None:
     """The time for `count` connections to be greeted, and the memory they take."""
-    members = Members(relay)
+    members = relay.members
     conns = [End(await wire.connect(relay.url)) for _ in range(count)]
     frames = [json.dumps(members.hello(wire.KeyPair.generate(), None)) for _ in conns]
     begin = time.perf_counter()
@@ -335,11 +336,9 @@ async def hellos(relay: Relay, count: int) -> None:
 
 async def history(relay: Relay, count: int) -> None:
     """Settles `count` messages, so that what follows runs on a store that has a past."""
-    rate = await load(relay, SHAPES[1], count / 12_000)
     total = 0.0
-    print(f"filling: {rate:,.0f}/s", flush=True)
     while total < count:
-        total += (await load(relay, SHAPES[1], 2.0)) * 2
+        total += 2 * await load(relay, relay.members, SHAPES[1], 2.0)
 
 
 async def main(options: argparse.Namespace) -> None:
