@@ -821,7 +821,7 @@ class Connection:
         self.writer = writer
         self.ws = ws
         self.peername = writer.get_extra_info("peername")
-        self.write: Callable[[bytes], object] = writer.write
+        self.write: Callable[[bytes], object] = self._write
         self._owner: asyncio.Task[object] | None = None     # the task that receives
         self._deadline: asyncio.TimerHandle | None = None
         self._held: asyncio.Task[None] | None = None
@@ -832,6 +832,10 @@ class Connection:
         """Answer the opening handshake read from `reader`. HttpError if it is not a right one."""
         writer.write(upgrade_response(request))
         return cls(reader, writer, WebSocket(server=True, max_message=max_message))
+
+    def _write(self, data: bytes) -> None:
+        if not self.writer.transport.is_closing():  # asyncio complains on stderr about writes to a broken socket
+            self.writer.transport.write(data)
 
     @property
     def buffered(self) -> int:
