@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import store as storage
 import wire
 from store import Member, Pending, Saved, Store
-from wire import CloseCode, HttpError, Refused, UsageError, encode, hex_key, iso
+from wire import CloseCode, HttpError, ProtocolError, Refused, UsageError, encode, hex_key, iso
 
 # --- 1. Settings and tables -----------------------------------------------------------------------
 
@@ -189,12 +189,14 @@ class Buckets:
 class Recent:
     """Signatures seen within `REPLAY_SECONDS`, so that none is accepted twice (SPEC HELLO-5, HTTP-24)."""
 
+    LIMIT = 100_000  #: anybody with a key can sign HTTP requests
+
     def __init__(self) -> None:
         self.seen: dict[str, float] = {}
 
     def add(self, signature: str, now: float) -> bool:
         """Remembers `signature`; False if it was seen before."""
-        while self.seen and next(iter(self.seen.values())) < now - REPLAY_SECONDS:
+        while self.seen and (next(iter(self.seen.values())) < now - REPLAY_SECONDS or len(self.seen) >= self.LIMIT):
             del self.seen[next(iter(self.seen))]
         signature = signature.lower()
         return signature not in self.seen and self.seen.setdefault(signature, now) == now
@@ -369,9 +371,9 @@ class Peer:
     key: str  #: routing key: the session key, else the member key
     member: Member
     presence_id: str
-    session_id: str
-    name: str
     connected_at: int
+    session_id: str = ""
+    name: str = ""
     quiet: bool = False
     sealable: bool = False  #: its client opens sealed multicast bodies
     link: Link | None = None
@@ -391,6 +393,10 @@ class Peer:
     def group_list(self) -> list[dict[str, str]]:
         """The groups in the form frames carry."""
         return [{"name": name, "role": role} if role else {"name": name} for name, role in self.groups.items()]
+
+    def take_groups(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Replaces the groups. Raises `Refused` for a name that is none."""
+        self.groups = {check_group(group["name"]): group.get("role") or None for group in list(groups)[:MAX_GROUPS]}
 
     def write_status(self, status: str, source: str, now: int) -> bool:
         """The write rule (SPEC STAT-2); whether more priorities pass than before.
@@ -418,6 +424,15 @@ class Recipient(NamedTuple):
     key: str
     peer: Peer | None
     held_for: str | None
+
+
+def check_group(name: str) -> str:
+    """`name`, which can be a group's (SPEC GROUP-1). Raises `Refused`."""
+    if not name.strip() or name == "all" or name.startswith("@") or not name.isprintable():  # @all is everyone
+        raise Refused("invalid_name", f"not a group name: {name[:64]!r}")
+    if len(name) > LENGTHS["join_group"]["name"]:
+        raise Refused("too_large", "a group name is longer than 64 characters")
+    return name
 
 
 def in_group(target: str, group: str) -> bool:
@@ -735,59 +750,86 @@ def on_hello(hub: Broker, link: Link, hello: dict[str, Any]) -> None:
     now = hub.clock()
     offered = [c for c in hello.get("capabilities") or () if c in wire.CAPABILITIES]
     saved = mesh.store.load_state(member.id, hello.get("sessionId") or "")
-    earlier = None if "quiet" in offered else mesh.peers.get(key)
-    peer = earlier or _new_peer(hub, mesh, member, key, hello, saved, now)
-    peer.quiet, peer.sealable = "quiet" in offered, "sealed_multicast" in offered
+    earlier = None if "quiet" in offered else _earlier(hub, mesh, member, key)
+    peer = earlier or _new_peer(hub, member, key, hello, saved, now)
+    _describe(peer, hello, offered)
     _attach(hub, mesh, peer, link, offered)
-    if hello.get("groups"):
-        peer.groups = {group["name"]: group.get("role") for group in hello["groups"][:MAX_GROUPS]}
     if not peer.quiet:
         mesh.peers[key] = peer
-        mesh.save(peer, now)
-        if key != member.pubkey:
-            mesh.store.record_session(key, member.id, peer.session_id, proven=proven, sealed=peer.sealable, now=now)
-            mesh.store.claim_held(member.pubkey, key)  # DELIV-6: held rows go to the member's next session
+        _keep(mesh, peer, proven, now)
+    elif "inbox" in offered and key == member.pubkey:
+        mesh.inboxes[key] = peer
     if earlier is None and not peer.quiet:
         mesh.store.audit("peer_joined", member.id, peer.name,
                          {"pubkey": key, "groups": peer.group_list(), "restored": saved is not None}, now)
     link.say(encode(_hello_ack(mesh, peer, hello, saved, offered)))
-    if peer.quiet and "inbox" in offered and key == member.pubkey:
-        mesh.inboxes[key] = peer
-    if not peer.quiet or peer in mesh.inboxes.values():
-        peer.backlog = True
+    peer.backlog = True
+    if not peer.quiet or mesh.inboxes.get(key) is peer:
         drain(hub, mesh, peer)  # HELLO-10: hello_ack, then what waited, then the announcement
     if earlier is None:
         announce_arrival(hub, mesh, peer, saved)
     hub.log("info", "hello", mesh=mesh.slug, peer=peer.name, key=key[:12], resumed=earlier is not None)
 
 
-def _new_peer(hub: Broker, mesh: Mesh, member: Member, key: str, hello: dict[str, Any], saved: Saved | None,
-              now: int) -> Peer:
-    peer = Peer(key, member, secrets.token_hex(16), hello.get("sessionId") or "", hello.get("displayName") or member.name,
-                now, status_at=now)
-    peer.where = {"pid": int(hello.get("pid") or 0), "cwd": hello.get("cwd") or ""}
-    peer.where |= {name: hello[name] for name in ("hostname", "peerType", "channel", "model") if hello.get(name)}
-    groups = (saved.groups if saved else None) or member.groups
-    peer.groups = {group["name"]: group.get("role") for group in groups}
+def _earlier(hub: Broker, mesh: Mesh, member: Member, key: str) -> Peer | None:
+    """The presence that this session takes up again, if there is one (SPEC PRES-3, PRES-5)."""
+    peer = mesh.peers.get(key)
+    if peer is None or peer.member.id == member.id:
+        return peer
+    if peer.link is not None:  # HELLO-8: who claimed the key without a proof loses it to who proved it
+        hub.close_link(peer.link, SUPERSEDED, "superseded")
+        peer.link = None
+    end_presence(hub, mesh, peer)
+    return None
+
+
+def _new_peer(hub: Broker, member: Member, key: str, hello: dict[str, Any], saved: Saved | None, now: int) -> Peer:
+    peer = Peer(key, member, secrets.token_hex(16), now, status_at=now)
+    peer.take_groups((saved.groups if saved else None) or member.groups)
     if saved is not None:
         peer.visible, peer.profile, peer.summary = saved.visible, dict(saved.profile), saved.summary
         peer.saved_stats = dict(saved.stats)
-    stash = hub.take_pending_hook(peer, now)
+    stash = hub.take_pending_hook(hello, now)
     if stash is not None:
         peer.write_status(stash, "hook", now)  # STAT-5
     return peer
+
+
+def _describe(peer: Peer, hello: dict[str, Any], offered: list[str]) -> None:
+    """Takes over what this connection says of itself; a resumed session may run elsewhere now."""
+    peer.name, peer.session_id = hello.get("displayName") or peer.member.name, hello.get("sessionId") or ""
+    peer.quiet, peer.sealable = "quiet" in offered, "sealed_multicast" in offered
+    peer.where = {"pid": int(hello.get("pid") or 0), "cwd": hello.get("cwd") or ""}
+    peer.where |= {name: hello[name] for name in ("hostname", "peerType", "channel", "model") if hello.get(name)}
+    if hello.get("groups"):
+        peer.take_groups(hello["groups"])
 
 
 def _attach(hub: Broker, mesh: Mesh, peer: Peer, link: Link, offered: list[str]) -> None:
     """Makes `link` the presence's one socket; an older one is superseded (SPEC PRES-3)."""
     older, peer.link = peer.link, link
     if older is not None:
-        mesh.store.requeue_unshown(peer.key)
+        _requeue(hub, mesh, peer)
         hub.close_link(older, SUPERSEDED, "superseded")
     link.mesh, link.peer = mesh, peer
     link.acks, link.shows_target = "client_ack" in offered, "target" in offered
     mesh.links.add(link)
     hub.waiting.discard(link)
+
+
+def _requeue(hub: Broker, mesh: Mesh, peer: Peer) -> None:
+    """A connection is over: what it has not shown waits for the next one of this session (SPEC DELIV-9)."""
+    mesh.write_settled(hub.clock())
+    mesh.store.requeue_unshown(peer.key)
+    peer.backlog = True
+
+
+def _keep(mesh: Mesh, peer: Peer, proven: bool, now: int) -> None:
+    """Remembers the session, and gives it what is held for its member (SPEC DELIV-6)."""
+    mesh.save(peer, now)
+    if peer.key != peer.member.pubkey:
+        mesh.store.record_session(peer.key, peer.member.id, peer.session_id, proven=proven, sealed=peer.sealable, now=now)
+        mesh.store.claim_held(peer.member.pubkey, peer.key)
 
 
 def _hello_ack(mesh: Mesh, peer: Peer, hello: dict[str, Any], saved: Saved | None, offered: list[str]) -> dict[str, Any]:
@@ -837,9 +879,8 @@ def detach(hub: Broker, link: Link) -> None:
     mesh.links.discard(link)
     if peer.link is not link:
         return  # superseded: the presence lives on another link
-    peer.link, peer.left_at, peer.backlog = None, hub.monotonic(), True
-    mesh.write_settled(hub.clock())
-    mesh.store.requeue_unshown(peer.key)  # DELIV-9
+    peer.link, peer.left_at = None, hub.monotonic()
+    _requeue(hub, mesh, peer)
     if peer.quiet or link.conn.ws.close_received and link.conn.ws.close_code in (1000, 1001, 1005):
         end_presence(hub, mesh, peer)
     hub.touch(mesh)
@@ -852,8 +893,9 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
         if mesh.inboxes.get(peer.key) is peer:
             del mesh.inboxes[peer.key]
         return
-    if mesh.peers.get(peer.key) is peer:
-        del mesh.peers[peer.key]
+    if mesh.peers.get(peer.key) is not peer:
+        return  # it has ended already
+    del mesh.peers[peer.key]
     mesh.save(peer, now)
     mesh.store.touch_member(peer.member.id, now)
     mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
@@ -977,11 +1019,10 @@ def _forget_oldest_unshown(hub: Broker, link: Link) -> None:
     if len(link.unshown) < UNSHOWN_KEPT * 3 // 2:
         return
     oldest = list(link.unshown)[:len(link.unshown) - UNSHOWN_KEPT]
-    flights = [link.unshown.pop(seq) for seq in oldest]
-    for flight in flights:
-        link.by_id.pop(flight.id, None)
+    for seq in oldest:
+        link.by_id.pop(link.unshown.pop(seq).id, None)
     link.mesh.write_settled(hub.clock())
-    link.mesh.store.finish_delivered(link.peer.key, flights[-1].seq, hub.clock())
+    link.mesh.store.finish_delivered(link.peer.key, min(f.seq for f in link.unshown.values()) - 1, hub.clock())
     hub.touch(link.mesh)
 
 
@@ -1060,9 +1101,7 @@ def on_set_profile(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 
 def on_join_group(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """join_group: joins, or changes the role there (SPEC GROUP-1, GROUP-2)."""
-    name, groups = frame["name"], link.peer.groups
-    if not name.strip() or name == "all" or name.startswith("@") or not name.isprintable():
-        raise Refused("invalid_name", f"not a group name: {name[:64]!r}")  # GROUP-1: @all is everyone
+    name, groups = check_group(frame["name"]), link.peer.groups
     if name not in groups and len(groups) >= MAX_GROUPS:
         raise Refused("limit", f"a session is in {MAX_GROUPS} groups at most")
     groups[name] = frame.get("role") or None
@@ -1553,6 +1592,14 @@ class Broker(Turn):
         if self._log is not None:
             self._log({"ts": iso(self.clock()), "level": level, "component": "broker", "msg": message, **context})
 
+    def log_fault(self, what: str, error: Exception) -> None:
+        """Logs a defect of the broker: what was being done, the exception, and the line."""
+        at = error.__traceback__
+        while at.tb_next is not None:
+            at = at.tb_next
+        self.log("error", "handler failed", what=what, error=f"{type(error).__name__}: {error}"[:200],
+                 at=f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
+
     # Meshes
 
     def directory(self, slug: str) -> Path:
@@ -1592,7 +1639,7 @@ class Broker(Turn):
         except OSError:
             pass  # the peer has gone; whatever it was owed is in the store
         except Exception as error:
-            self.log("error", "connection failed", error=type(error).__name__, reason=str(error)[:200])
+            self.log_fault("connection", error)
         finally:
             self.tasks.discard(task)
             writer.close()
@@ -1623,9 +1670,15 @@ class Broker(Turn):
         call = Call(request, ids, _is_loopback(address), address)
         try:
             result = handler(self, call)
-        except sqlite3.Error as error:
-            self.undo_all(f"not stored: {error}")
+        except (sqlite3.Error, storage.StoreError) as error:
+            self.undo_all("storage_error", f"not stored: {error}")
             raise Denied(503, "storage_error", wire.ERRORS["storage_error"]) from None
+        except ProtocolError:
+            raise
+        except Exception as error:
+            self.log_fault(f"{request.method} {request.path[:40]}", error)
+            self.undo_all("internal", wire.ERRORS["internal"])
+            raise Denied(500, "internal", wire.ERRORS["internal"]) from None
         self.touch_all()
         if not self.end_turn():
             raise Denied(503, "storage_error", wire.ERRORS["storage_error"])
@@ -1674,11 +1727,7 @@ class Broker(Turn):
         except sqlite3.Error as error:
             self._failed(link, frame, "storage_error", f"not stored: {error}")
         except Exception as error:  # our own mistake: the peer learns that it failed, the log learns where
-            at = error.__traceback__
-            while at.tb_next is not None:
-                at = at.tb_next
-            self.log("error", "handler failed", type=str(frame.get("type"))[:40], error=f"{type(error).__name__}: {error}"[:200],
-                     at=f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
+            self.log_fault(str(frame.get("type"))[:40], error)
             self._failed(link, frame, "internal", wire.ERRORS["internal"])
 
     def _dispatch(self, link: Link, frame: dict[str, Any]) -> None:
@@ -1731,10 +1780,11 @@ class Broker(Turn):
             if mesh.store.changed:
                 self.touch(mesh)
 
-    def undo_all(self, reason: str) -> None:
+    def undo_all(self, code: str, reason: str) -> None:
         """Undoes the turn of every mesh with an open transaction."""
         for mesh in self.meshes.values():
-            self.fail_turn(mesh, "storage_error", reason)
+            if mesh.store.changed:
+                self.fail_turn(mesh, code, reason)
 
     def attempt(self, mesh: Mesh | None, step: Callable[..., None], *args: Any) -> None:
         """Runs a step that belongs to no frame; a store that refuses undoes the turn, nothing else."""
@@ -1839,11 +1889,12 @@ class Broker(Turn):
         self.pending_hooks.pop((cwd, pid), None)
         self.pending_hooks[cwd, pid] = (status, session, self.clock())
 
-    def take_pending_hook(self, peer: Peer, now: int) -> str | None:
-        """The status stashed for a peer, by pid and cwd or by session id; it is used once (SPEC STAT-5)."""
+    def take_pending_hook(self, hello: dict[str, Any], now: int) -> str | None:
+        """The status stashed for a session, by pid and cwd or by session id; it is used once (SPEC STAT-5)."""
+        here = (hello.get("cwd") or "", hello.get("pid") or 0)
         for (cwd, pid), (status, session, at) in reversed(list(self.pending_hooks.items())):
-            named = session and session == peer.session_id
-            if now - at <= PENDING_HOOK_MS and (named or (cwd, pid) == (peer.where["cwd"], peer.where["pid"])):
+            named = session and session == hello.get("sessionId")
+            if now - at <= PENDING_HOOK_MS and (named or (cwd, pid) == here):
                 del self.pending_hooks[cwd, pid]
                 return status
         return None
@@ -1890,6 +1941,8 @@ class Broker(Turn):
             link.conn.ping()
         if link.written and not link.conn.buffered:
             self.settle_written(link)
+        if link.peer.backlog and link.peer.link is link and (not link.peer.quiet or mesh.inboxes.get(link.peer.key) is link.peer):
+            drain(self, mesh, link.peer)  # what an undone turn left behind waits no longer than this
         oldest = next(iter(link.inflight.values()), None)
         if oldest is not None and now - oldest.at > REDELIVER_SECONDS and link.peer.link is link:
             late = [seq for seq, flight in link.inflight.items() if now - flight.at > REDELIVER_SECONDS]

@@ -135,8 +135,14 @@ async def test_a_session_key_belongs_to_who_proved_it(world):
 async def test_an_unproven_session_key_is_not_taken_over_by_another_member(world):
     ana = await world.peer("ana", capabilities=None)
     assert (await refused(world, world.hello("bo", ana.session, None)))[0] == "bad_session_key"
-    owner = await world.peer("bo", session=ana.session)
-    assert owner.greeting["type"] == "hello_ack"  # but who holds the secret proves it and gets it
+    cy = await world.peer("cy")
+    owner = await world.peer("bo", session=ana.session)  # but who holds the secret proves it and gets it
+    assert await ana.answer(lambda f: "closed" in f) == {"closed": 4000, "reason": "superseded"}
+    assert (await cy.event("peer_left"))["name"] == "ana"
+    assert (await cy.event("peer_joined"))["name"] == "bo"
+    await cy.send(owner.key, "for bo alone")
+    assert await owner.text() == "for bo alone"
+    assert [p["memberPubkey"] for p in (await cy.request("list_peers"))["peers"]] == [cy.pair.public, owner.pair.public]
 
 
 @spec("HELLO-1")
@@ -399,7 +405,7 @@ async def test_a_profile_is_merged_and_bounded(world):
 
 @spec("STAT-1", "STAT-2")
 def test_the_write_rule_takes_the_value_and_guards_the_attribution():
-    peer = hub.Peer("k", None, "p", "s", "n", 0)
+    peer = hub.Peer("k", None, "p", 0)
     table = [  # now, status, source -> source kept, whether more passes
         (0, "working", "hook", "hook", False),
         (10_000, "working", "jsonl", "hook", False),   # same status, lower rank, fresh: the source stays
@@ -1013,7 +1019,46 @@ async def test_a_failing_handler_is_an_internal_error_and_never_a_traceback(worl
     assert (await ana.request("get_state", key="half"))["updatedBy"] == ""
     assert (await bo.request("get_state", key="k"))["type"] == "state_result"
     [record] = [r for r in world.log if r["msg"] == "handler failed"]
+    assert record["what"] == "list_state"
     assert record["error"] == "KeyError: 'a bug'" and record["at"].startswith("test_broker.py:")
+
+
+@spec("PRES-3", "PRES-5")
+@story
+async def test_a_session_that_comes_back_elsewhere_is_described_anew(world):
+    ana, bo = await world.peer("ana"), await world.peer("bo", displayName="desk", cwd="/here")
+    await bo.drop()
+    await world.peer("bo", session=bo.session, displayName="sofa", cwd="/there")
+    entry = (await ana.request("list_peers"))["peers"][1]
+    assert (entry["displayName"], entry["cwd"], entry.get("reconnecting")) == ("sofa", "/there", None)
+
+
+@spec("GROUP-1", "HELLO-3")
+@story
+async def test_groups_in_hello_are_named_with_the_same_care(world):
+    assert (await refused(world, world.hello("ana", groups=[{"name": "all"}])))[0] == "invalid_name"
+
+
+@spec("TURN-2", "DELIV-3")
+@story
+async def test_what_an_undone_turn_left_behind_is_delivered_within_a_second(world):
+    ana, bo = await world.peer("ana"), await world.peer("bo")
+    await bo.request("set_status", status="working")
+    sent = await ana.send(bo.key, "kept")
+    commit = world.mesh.store.commit
+
+    def broken():
+        raise sqlite3.OperationalError("disk I/O error")
+
+    world.mesh.store.commit = broken
+    frames = ({"type": "set_status", "status": "idle"}, {"type": "set_state", "key": "k", "value": 1, "_reqId": "both"})
+    bo.conn.write(b"".join(bo.conn.ws.text(json.dumps(frame)) for frame in frames))  # one turn, and it fails
+    assert (await bo.answer(lambda f: f.get("_reqId") == "both"))["code"] == "storage_error"
+    assert [f for f in await bo.silence() if f["type"] == "push"] == []
+    world.mesh.store.commit = commit
+    world.pass_seconds(1)
+    assert await bo.text() == "kept"
+    assert await ana.fate(sent["messageId"]) == ["pushed"]
 
 
 @spec("OPS-4", "DELIV-9", "PRES-10")
@@ -1035,6 +1080,7 @@ async def test_an_orderly_stop_says_goodbye_and_saves_everything(world):
     assert bo.greeting["restoredGroups"] == [{"name": "dev"}]
     assert await bo.text() == "over the restart"
     ana = await world.peer("ana", session=ana.session)
+    assert (await ana.request("audit_query", eventType="peer_left"))["total"] == 2  # each left once
     assert await ana.fate(sent["messageId"]) == ["pushed"]
 
 
