@@ -878,13 +878,12 @@ class Connection:
         def sink(data: bytes) -> None:
             ws = self.ws
             messages = ws.receive(data) if data else ws.receive_eof()
+            if ws.output and not ws.ended:
+                self.write(ws.take_output())
+                self.hold(READ_BYTES)        # WS-15: who pings and does not read is not read either
             if messages:
                 handle(messages)
-            if not ws.ended:
-                if ws.output:
-                    self.writer.write(ws.take_output())
-                    self.hold(READ_BYTES)    # WS-15: who pings and does not read is not read either
-            elif not ended.done():
+            if ws.ended and not ended.done():
                 ended.set_result(None)
 
         self._owner = asyncio.current_task()

@@ -11,42 +11,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wire import Connection, HttpError, ProtocolError, connect, error_response, hang_up, read_request  # noqa: E402
+from wire import (  # noqa: E402
+    READ_BYTES, Connection, HttpError, ProtocolError, Tap, connect, error_response, hang_up, read_request, serve)
 
 MAX_MESSAGE = 16 * 1024 * 1024      # the largest message of Autobahn's section 9
 
 
-async def echo(connection: Connection) -> None:
-    """Send every message back as it came, text as text, binary as binary, until the end."""
-    while (messages := await connection.receive()) is not None:
-        for message in messages:
-            if isinstance(message, str):
-                connection.send(message)
-            else:
-                connection.write(connection.ws.binary(message))
-        await connection.drain()
-    await connection.close()
+def echo(connection: Connection, messages: list[str | bytes]) -> None:
+    """Send each message back as it came, text as text, binary as binary."""
+    for message in messages:
+        if isinstance(message, str):
+            connection.send(message)
+        else:
+            connection.write(connection.ws.binary(message))
 
 
-async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def serve_one(reader: Tap, writer: asyncio.StreamWriter) -> None:
+    """The server's side, which reads as the broker does."""
     try:
         request = await read_request(reader)
         if request is not None:
-            return await echo(Connection.accept(request, reader, writer, max_message=MAX_MESSAGE))
+            connection = Connection.accept(request, reader, writer, max_message=MAX_MESSAGE)
+            await connection.pump(lambda messages: (echo(connection, messages), connection.hold(READ_BYTES)))
+            return await connection.close()
     except HttpError as error:
         writer.write(error_response(error))
     await hang_up(reader, writer)
 
 
 async def server(port: int) -> None:
-    async with await asyncio.start_server(serve_one, "127.0.0.1", port) as listener:
+    async with await serve(serve_one, "127.0.0.1", port) as listener:
         await listener.serve_forever()
 
 
 async def client(base: str, agent: str, count: int) -> None:
     for case in range(1, count + 1):
         try:
-            await echo(await connect(f"{base}/runCase?case={case}&agent={agent}", max_message=MAX_MESSAGE))
+            connection = await connect(f"{base}/runCase?case={case}&agent={agent}", max_message=MAX_MESSAGE)
+            while (messages := await connection.receive()) is not None:
+                echo(connection, messages)
+                await connection.drain()
+            await connection.close()
         except (OSError, ProtocolError) as error:       # the suite breaks connections on purpose
             print(f"case {case}: {error}", file=sys.stderr)
 

@@ -1177,3 +1177,107 @@ def test_a_failure_over_tls_reaches_the_peer(certificate):
             assert client.ws.close_code == 1009
             await client.close()
     story(main())
+
+
+# --- reading from the transport's callback (Connection.pump), as the broker does -------------------
+
+
+def pumped(talk, *, answer=lambda connection, messages: [connection.send(m) for m in messages]):
+    """Runs `talk(reader, writer)` as a raw client against a server that pumps; what it returns."""
+
+    async def main():
+        served = []
+
+        async def one(reader, writer):
+            request = await wire.read_request(reader)
+            connection = wire.Connection.accept(request, reader, writer, max_message=1 << 20)
+            await connection.pump(lambda messages: answer(connection, messages))
+            await connection.close()
+            served.append(connection.ws)
+
+        async with await wire.serve(one, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                async with asyncio.timeout(5):
+                    result = await talk(reader, writer)
+                    writer.close()
+                    while not served:
+                        await asyncio.sleep(0)
+            finally:
+                writer.close()
+        return result, served[0]
+
+    return asyncio.run(main())
+
+
+HANDSHAKE = wire.upgrade_request("127.0.0.1", "/", "dGhlIHNhbXBsZSBub25jZQ==")
+
+
+@spec("WS-15", "WS-11")
+def test_pumped_pongs_go_before_the_echo_of_what_came_around_the_ping():
+    async def talk(reader, writer):
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(masked(b"\x01\x02He" + b"\x89\x01p" + b"\x80\x03llo"))
+        return await reader.readexactly(3 + 7)
+
+    assert pumped(talk)[0] == b"\x8a\x01p" + b"\x81\x05Hello"
+
+
+@spec("WS-16")
+def test_pumped_what_came_with_the_handshake_is_not_lost_and_answers_go_before_the_close():
+    async def talk(reader, writer):
+        writer.write(HANDSHAKE + masked(b"\x81\x02hi" + b"\x88\x02\x03\xe8"))
+        await reader.readuntil(b"\r\n\r\n")
+        return await reader.read()
+
+    got, ws = pumped(talk)
+    assert got == b"\x81\x02hi" + b"\x88\x02\x03\xe8"
+    assert (ws.close_received, ws.close_code) == (True, 1000)
+
+
+@spec("WS-19")
+def test_pumped_a_stream_that_just_ends_counts_as_1006():
+    async def talk(reader, writer):
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+
+    assert pumped(talk)[1].close_code == 1006
+
+
+@spec("WS-18")
+def test_pumped_nothing_after_a_violation_is_handled():
+    async def talk(reader, writer):
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(masked(b"\x81\x02hi") + b"\x81\x02no" + masked(b"\x81\x02ho"))
+        return await reader.read()
+
+    assert pumped(talk)[0][:8] == b"\x81\x02hi" + b"\x88" + pumped(talk)[0][5:6] + b"\x03\xea"
+
+
+def test_a_peer_that_does_not_read_is_not_read_until_it_does():
+    seen = []
+
+    def answer(connection, messages):
+        seen.append(len(messages))
+        for _ in messages:
+            connection.send("x" * 500_000)
+        connection.hold(wire.READ_BYTES)
+
+    async def talk(reader, writer):
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        total = 0
+        for _ in range(40):
+            writer.write(masked(b"\x81\x01m"))
+            await asyncio.sleep(0)
+        taken = sum(seen)
+        while total < 40 * 500_000:
+            total += len(await reader.read(1 << 20))
+        return taken
+
+    taken, _ = pumped(talk, answer=answer)
+    assert sum(seen) == 40  # none was lost
