@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -57,7 +58,8 @@ VERSION = "0.1.0"  #: the protocol revision `/health` reports (SPEC HTTP-21)
 PORT = 7900
 
 HELLO_SECONDS = 10.0  #: an accepted socket says hello within this time
-MAX_UNAUTHENTICATED = 256  #: sockets that have not said hello, over all meshes
+HELLO_BYTES = 64 * 1024  #: a frame before hello, and hello
+MAX_UNAUTHENTICATED = 256  #: sockets that have not said hello, HTTP among them, over all meshes
 REPLAY_SECONDS = 120  #: accepted hello and HTTP signatures are remembered this long
 PING_SECONDS = 30.0
 SILENCE_SECONDS = 75.0  #: nothing heard for this long ends a connection
@@ -78,11 +80,12 @@ OUTBOX_SOFT = 1024 * 1024  #: bytes; past it stored messages wait and the link's
 OUTBOX_HARD = 8 * 1024 * 1024  #: bytes; past it the socket is closed with 1013
 CHECKPOINT_COMMITS = 64  #: a log that is written over again costs half of one that grows
 AUDIT_PAGE = (50, 200)  #: default and largest page of audit_query
+MAX_OFFSET = 2**53  #: beyond it a JSON number is no exact integer
 
 #: Which priorities a status lets through (SPEC DELIV-4). Order within is acceptance order.
 GATE = {"idle": ("now", "next", "low"), "working": ("now",), "dnd": ("now",)}
 STATUS_RANK = {"hook": 3, "manual": 2, "jsonl": 1}
-STATUSES = tuple(GATE)
+HOOK_STATUSES = ("idle", "working")  #: dnd is a person's decision
 HELD_PRIORITIES = ("now", "next")
 DELIVERED_STATES = ("delivered", "shown")
 FATAL_HELLO = CloseCode.POLICY_VIOLATION
@@ -94,13 +97,17 @@ STAT_NAMES = ("messagesIn", "messagesOut", "toolCalls", "errors")
 LENGTHS: dict[str, dict[str, int]] = {
     "hello": {"displayName": 128, "sessionId": 256, "cwd": 4096, "hostname": 256, "channel": 64, "model": 128},
     "send": {"targetSpec": 256, "id": 128, "client_message_id": 128, "nonce": 64},
-    "set_summary": {"summary": 4096},
-    "set_profile": {"avatar": 2048, "title": 256, "bio": 4096},
+    "set_summary": {"summary": 2048},
+    "set_profile": {"avatar": 2048, "title": 256, "bio": 2048},
     "join_group": {"name": 64, "role": 64},
     "set_state": {"key": 256},
     "get_state": {"key": 256},
 }
 STATE_VALUE_BYTES = 256 * 1024
+STATE_TOTAL_BYTES = 1_500_000  #: all keys and values of a mesh, so that `state_list` fits into one message
+PROFILE_BYTES = 8 * 1024
+REPLY_CHARACTERS = wire.MAX_MESSAGE_BYTES // 2  #: of an answer; a character has two bytes on the average at most
+PUSH_OVERHEAD = 4096  #: what a push adds to nonce and ciphertext: ids, keys, names, target
 MAX_GROUPS = 64
 
 
@@ -146,14 +153,14 @@ class Metrics:
     """Counters and gauges, printed as Prometheus text 0.0.4 (SPEC OPS-2)."""
 
     def __init__(self) -> None:
-        self.values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+        self.values: dict[str, dict[str, int]] = {name: {} for name in METRICS}
 
-    def add(self, name: str, label: str = "", amount: float = 1) -> None:
+    def add(self, name: str, label: str = "", amount: int = 1) -> None:
         """Counts `amount` under `label`, the value of the metric's one label."""
         series = self.values[name]
         series[label] = series.get(label, 0) + amount
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: int) -> None:
         """Sets a gauge."""
         self.values[name][""] = value
 
@@ -163,7 +170,7 @@ class Metrics:
         for name, (kind, label, about) in METRICS.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
             for value, count in sorted(self.values[name].items()) or [("", 0)]:
-                lines.append(f"{name}{{{label}={json.dumps(value)}}} {count:g}" if value else f"{name} {count:g}")
+                lines.append(f"{name}{{{label}={json.dumps(value)}}} {count}" if value else f"{name} {count}")
         return "\n".join(lines) + "\n"
 
 
@@ -275,12 +282,12 @@ class Flight(NamedTuple):
 class Link:
     """One socket: what is to be written to it, and what it has not acknowledged yet."""
 
-    __slots__ = ("hub", "conn", "address", "opened", "heard", "pinged", "mesh", "peer", "out", "out_bytes",
+    __slots__ = ("hub", "conn", "task", "opened", "heard", "pinged", "mesh", "peer", "out", "out_bytes",
                  "speaking", "fresh", "pushed", "inflight", "unshown", "by_id", "written", "acks",
-                 "shows_target", "resuming", "closed")
+                 "shows_target", "resuming", "closed", "closing", "sent", "acked")
 
-    def __init__(self, hub: Broker, conn: wire.Connection, address: str, now: float) -> None:
-        self.hub, self.conn, self.address = hub, conn, address
+    def __init__(self, hub: Broker, conn: wire.Connection, task: asyncio.Task[Any], now: float) -> None:
+        self.hub, self.conn, self.task = hub, conn, task
         self.opened = self.heard = self.pinged = now
         self.mesh: Mesh | None = None
         self.peer: Peer | None = None
@@ -295,7 +302,10 @@ class Link:
         self.written: list[tuple[int, str]] = []  #: rows final once the socket has taken them
         self.acks = self.shows_target = False
         self.resuming: asyncio.Task[None] | None = None
-        self.closed = False
+        self.closed = False  #: nothing that arrives is handled any more
+        self.closing: tuple[int, str] | None = None  #: the close frame that ends this turn's writing
+        self.sent = 0  #: how many of `written` were written in earlier turns
+        self.acked = now  #: when the last acknowledgement came
 
     def say(self, text: str) -> None:
         """Puts one frame into the outbox of this turn."""
@@ -305,13 +315,27 @@ class Link:
         if not self.speaking:
             self.hub.speak(self)
 
+    def unsay(self) -> None:
+        """Takes back what this turn has said: it was not committed."""
+        self.out.clear()
+        self.out_bytes = 0
+        for seq in self.fresh:
+            self.inflight.pop(seq, None)
+        self.fresh.clear()
+        del self.written[self.sent:]
+        if self.closing is not None:
+            self.closed, self.closing = False, None
+
     def reply(self, frame: dict[str, Any], type: str, **fields: Any) -> None:
-        """Answers `frame`, with its `_reqId` if it has one (SPEC MSG-8)."""
+        """Answers `frame`, with its `_reqId` if it has one (SPEC MSG-8). Raises `Refused` for what no client reads."""
         answer = {"type": type, **fields}
         request = frame.get("_reqId")
         if request and isinstance(request, str):
             answer["_reqId"] = request
-        self.say(encode(answer))
+        text = encode(answer)
+        if len(text) > REPLY_CHARACTERS:
+            raise Refused("too_large", f"{type}: the answer is longer than a message may be")  # MSG-12
+        self.say(text)
 
     def done(self, frame: dict[str, Any]) -> None:
         """Acknowledges a request that upstream leaves unanswered, if it asks by a `_reqId` (SPEC MSG-8)."""
@@ -395,8 +419,13 @@ class Peer:
         return [{"name": name, "role": role} if role else {"name": name} for name, role in self.groups.items()]
 
     def take_groups(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Replaces the groups. Raises `Refused` for a name that is none."""
-        self.groups = {check_group(group["name"]): group.get("role") or None for group in list(groups)[:MAX_GROUPS]}
+        """Replaces the groups."""
+        self.groups = {group["name"]: group.get("role") or None for group in list(groups)[:MAX_GROUPS]}
+
+    def restore(self, saved: Saved) -> None:
+        """Takes back what was saved (SPEC PRES-10)."""
+        self.visible, self.profile, self.summary = saved.visible, dict(saved.profile), saved.summary
+        self.take_groups(saved.groups)
 
     def write_status(self, status: str, source: str, now: int) -> bool:
         """The write rule (SPEC STAT-2); whether more priorities pass than before.
@@ -452,11 +481,14 @@ class Mesh:
             self.enrolled(member)
         self.saved = store.newest_states()
         self.peers: dict[str, Peer] = {}  #: by routing key, in the order of arrival
+        self.undo: list[Callable[[], None]] = []  #: what takes back this turn's changes to the roster
         self.inboxes: dict[str, Peer] = {}  #: quiet connections that take what is queued for a member key
         self.links: set[Link] = set()
-        self.settled: dict[str, list[tuple[int, str]]] = {}
+        self.settled: list[tuple[str, list[tuple[int, str]]]] = []  #: states and rows, noted but not written
+        self.writing: list[tuple[str, list[tuple[int, str]]]] = []  #: written, but not committed
         self.pruned_at = 0.0
         self.unmoved = 0  #: commits since the last checkpoint
+        self.verifying = False  #: an audit verification is under way
 
     def enrolled(self, member: Member) -> None:
         """Takes a member into the roster."""
@@ -466,6 +498,19 @@ class Mesh:
         """Drops a member from the roster."""
         self.members.pop(member.id, None)
         self.by_pubkey.pop(member.pubkey, None)
+
+    def recall(self) -> None:
+        """Brings memory back to what the store says, after a turn that was undone (SPEC TURN-2)."""
+        self.settled[:0], self.writing = self.writing, []
+        for step in reversed(self.undo):
+            step()
+        self.undo.clear()
+        self.saved = self.store.newest_states()
+        for peer in self.peers.values():
+            saved = self.store.load_state(peer.member.id, peer.session_id)
+            if saved is not None:
+                peer.restore(saved)
+            peer.backlog = True
 
     def sessions(self, member: Member) -> list[Peer]:
         """The presences of one member."""
@@ -509,7 +554,7 @@ class Mesh:
         return [Recipient(key, None, None)] if known else []
 
     def _multicast(self, sender: Peer, priority: str, wanted: Callable[[Iterable[str]], bool]) -> list[Recipient]:
-        found = [Recipient(peer.key, peer, None) for peer in self.peers.values()
+        found = [Recipient(peer.key, peer, peer.member.pubkey) for peer in self.peers.values()
                  if peer.visible and peer is not sender and wanted(peer.groups)]
         if priority not in HELD_PRIORITIES:
             return found
@@ -521,13 +566,17 @@ class Mesh:
 
     def settle(self, rows: Iterable[tuple[int, str]], state: str) -> None:
         """Notes rows as settled; written with the next commit, or before anything reads them."""
-        self.settled.setdefault(state, []).extend(rows)
+        if self.settled and self.settled[-1][0] == state:
+            self.settled[-1][1].extend(rows)
+        else:
+            self.settled.append((state, list(rows)))
 
     def write_settled(self, now: int) -> None:
         """Writes the noted rows into the open transaction."""
         if self.settled:
-            settled, self.settled = self.settled, {}
-            for state, rows in settled.items():
+            settled, self.settled = self.settled, []
+            self.writing += settled
+            for state, rows in settled:
                 self.store.settle(rows, state, now)
 
     def commit(self, now: int) -> bool:
@@ -536,6 +585,8 @@ class Mesh:
         if not self.store.changed:
             return False
         self.store.commit()
+        self.undo.clear()
+        self.writing.clear()
         self.unmoved += 1
         if self.unmoved >= CHECKPOINT_COMMITS:
             self.checkpoint()
@@ -558,7 +609,7 @@ def drain(hub: Broker, mesh: Mesh, peer: Peer, fresh: Envelope | None = None, se
     acceptance order.
     """
     link = peer.link
-    if link is None:
+    if link is None or link.closed:
         peer.backlog = True
         return
     admitted = GATE[peer.status]
@@ -593,10 +644,14 @@ def _drain_store(hub: Broker, mesh: Mesh, peer: Peer, link: Link, admitted: tupl
 
 def refuse_unsealed(mesh: Mesh, recipients: list[Recipient], sealed: dict[str, str]) -> None:
     """Raises `sealed_keys_missing` unless each recipient's key is there (SPEC DELIV-16)."""
-    missing = [{"pubkey": r.key, "sealable": r.peer is None or r.peer.sealable}
-               for r in recipients if not isinstance(sealed.get(r.key), str) or r.peer is not None and not r.peer.sealable]
+    missing = [{"pubkey": r.key, "sealable": r.peer is None or r.peer.sealable} for r in recipients
+               if not _is_sealed_key(sealed.get(r.key)) or r.peer is not None and not r.peer.sealable]
     if missing:
         raise Refused("sealed_keys_missing", f"{len(missing)} recipients cannot open this body", missing=missing)
+
+
+def _is_sealed_key(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 256
 
 
 # --- 6. The turn ----------------------------------------------------------------------------------
@@ -612,6 +667,7 @@ class Turn:
         self.speaking: list[Link] = []
         self.asked: list[tuple[Link, dict[str, Any]]] = []  #: the turn's frames, refused if it cannot be committed
         self.changed: dict[str, Mesh] = {}
+        self.sick: set[Mesh] = set()  #: meshes whose last turn could not be stored
         self.scheduled = False
 
     def speak(self, link: Link) -> None:
@@ -634,67 +690,62 @@ class Turn:
         elif self.scheduled:
             self.end_turn()
 
-    def end_turn(self) -> bool:
-        """Commits every mesh that changed, then writes what was said; False if a commit failed."""
+    def end_turn(self) -> None:
+        """Commits every mesh that changed, then writes what was said."""
         self.scheduled = False
-        good = True
         changed, self.changed = self.changed, {}
         for mesh in changed.values():
-            good &= self._commit(mesh)
+            self._commit(mesh)
         self.asked.clear()
         speaking, self.speaking = self.speaking, []
         for link in speaking:
             self._write(link)
-        return good
 
-    def _commit(self, mesh: Mesh) -> bool:
+    def _commit(self, mesh: Mesh) -> None:
         try:
             if mesh.commit(self.clock()):
                 self.metrics.add("broker_commits_total")
+                self.sick.discard(mesh)
         except sqlite3.Error as error:
             self.fail_turn(mesh, "storage_error", f"not stored: {error}")
-            return False
-        self.metrics.set("broker_db_healthy", 1)
-        return True
 
     def fail_turn(self, mesh: Mesh, code: str, message: str) -> None:
         """Undoes the turn of one mesh: nothing was told to anybody yet, so nothing is lost (TURN-2)."""
         self.log("error", "turn undone", mesh=mesh.slug, code=code, reason=message)
-        self.metrics.set("broker_db_healthy", 0)
+        self.sick.add(mesh)
         mesh.store.rollback()
-        for link in self.speaking:
-            if link.mesh is mesh:
-                link.out.clear()
-                link.out_bytes = 0
-        for link in mesh.links:
-            for seq in link.fresh:
-                link.inflight.pop(seq, None)
-            link.written.clear()
-            if link.peer is not None:
-                link.peer.backlog = True
-        for link, frame in [(link, frame) for link, frame in self.asked if link.mesh is mesh]:
-            self.refuse(link, frame, Refused(code, message))
-        self.asked = [(link, frame) for link, frame in self.asked if link.mesh is not mesh]
+        for link in [link for link in self.speaking if link.mesh is mesh]:
+            link.unsay()
+        mesh.recall()
+        asked, self.asked = self.asked, []
+        for link, frame in asked:
+            if link.mesh is mesh or frame.get("meshId") == mesh.id:
+                self.refuse(link, frame, Refused(code, message))
+            else:
+                self.asked.append((link, frame))
 
     def _write(self, link: Link) -> None:
         link.speaking = False
         if link.fresh:
             link.fresh.clear()
-        if not link.out or link.closed:
-            return
-        data, link.out, link.out_bytes = b"".join(link.out), [], 0
-        link.conn.write(data)
-        buffered = link.conn.buffered
-        if buffered > OUTBOX_HARD:  # OPS-6: frames that are not stored cannot wait without bound
-            self.close_link(link, CloseCode.TRY_AGAIN_LATER, "slow reader")
-        elif link.written and not buffered:
+        if link.out:
+            data, link.out, link.out_bytes = b"".join(link.out), [], 0
+            link.conn.write(data)
+        link.sent = len(link.written)
+        if link.closing is not None:
+            link.conn.begin_close(*link.closing)
+        elif link.conn.buffered > OUTBOX_HARD:  # OPS-6: frames that are not stored cannot wait without bound
+            link.closed = True
+            link.conn.begin_close(CloseCode.TRY_AGAIN_LATER, "slow reader")
+        elif link.written:
             self.settle_written(link)
 
     def settle_written(self, link: Link) -> None:
-        """A client without `client_ack` has received what its socket has taken (SPEC DELIV-2)."""
-        link.mesh.settle(link.written, "final")
-        self.metrics.add("broker_deliveries_total", "written", len(link.written))
-        link.written = []
+        """A client without `client_ack` has received what an open socket has taken (SPEC DELIV-2)."""
+        if link.conn.alive and not link.conn.buffered:
+            link.mesh.settle(link.written, "final")
+            self.metrics.add("broker_deliveries_total", "written", len(link.written))
+            link.written, link.sent = [], 0
 
 
 # --- 7. Life of a connection ----------------------------------------------------------------------
@@ -704,7 +755,8 @@ def admit(hub: Broker, link: Link, hello: dict[str, Any]) -> tuple[Mesh, Member,
     """The checks of hello in their order (SPEC HELLO-1 to HELLO-9): the mesh, the member, the routing key,
     and whether the session key was proven. Raises `Refused`."""
     mesh = hub.find_mesh(hello.get("meshId"))
-    if mesh is not None and len(mesh.links) >= hub.settings.max_connections:
+    known = hex_key(hello.get("sessionPubkey") or hello.get("pubkey")) if mesh is not None else None
+    if mesh is not None and len(mesh.links) >= hub.settings.max_connections and known not in mesh.peers:
         raise Refused("capacity", "the mesh has no room for another connection")  # HELLO-1
     code = wire.verify_hello(hello, hub.clock())
     if code is not None:
@@ -717,6 +769,8 @@ def admit(hub: Broker, link: Link, hello: dict[str, Any]) -> tuple[Mesh, Member,
         raise Refused("unauthorized", wire.ERRORS["unauthorized"])  # HELLO-6
     wire.check(hello)  # HELLO-3: the remaining fields
     check_lengths(hello)
+    for group in hello.get("groups") or ():
+        check_group(group["name"])
     key, proven = _session_key(mesh, member, hello)
     if not hub.hellos.add(hello["signature"], hub.monotonic()):
         raise AssertionError("looked up above, and frames are handled one at a time")
@@ -753,18 +807,19 @@ def on_hello(hub: Broker, link: Link, hello: dict[str, Any]) -> None:
     earlier = None if "quiet" in offered else _earlier(hub, mesh, member, key)
     peer = earlier or _new_peer(hub, member, key, hello, saved, now)
     _describe(peer, hello, offered)
+    if not peer.quiet:
+        _enter(hub, mesh, peer)
     _attach(hub, mesh, peer, link, offered)
     if not peer.quiet:
-        mesh.peers[key] = peer
         _keep(mesh, peer, proven, now)
     elif "inbox" in offered and key == member.pubkey:
-        mesh.inboxes[key] = peer
+        _open_inbox(hub, mesh, peer)
     if earlier is None and not peer.quiet:
         mesh.store.audit("peer_joined", member.id, peer.name,
                          {"pubkey": key, "groups": peer.group_list(), "restored": saved is not None}, now)
     link.say(encode(_hello_ack(mesh, peer, hello, saved, offered)))
     peer.backlog = True
-    if not peer.quiet or mesh.inboxes.get(key) is peer:
+    if takes_mail(mesh, peer):
         drain(hub, mesh, peer)  # HELLO-10: hello_ack, then what waited, then the announcement
     if earlier is None:
         announce_arrival(hub, mesh, peer, saved)
@@ -785,10 +840,11 @@ def _earlier(hub: Broker, mesh: Mesh, member: Member, key: str) -> Peer | None:
 
 def _new_peer(hub: Broker, member: Member, key: str, hello: dict[str, Any], saved: Saved | None, now: int) -> Peer:
     peer = Peer(key, member, secrets.token_hex(16), now, status_at=now)
-    peer.take_groups((saved.groups if saved else None) or member.groups)
     if saved is not None:
-        peer.visible, peer.profile, peer.summary = saved.visible, dict(saved.profile), saved.summary
+        peer.restore(saved)
         peer.saved_stats = dict(saved.stats)
+    if not peer.groups:
+        peer.take_groups(member.groups)
     stash = hub.take_pending_hook(hello, now)
     if stash is not None:
         peer.write_status(stash, "hook", now)  # STAT-5
@@ -807,14 +863,43 @@ def _describe(peer: Peer, hello: dict[str, Any], offered: list[str]) -> None:
 
 def _attach(hub: Broker, mesh: Mesh, peer: Peer, link: Link, offered: list[str]) -> None:
     """Makes `link` the presence's one socket; an older one is superseded (SPEC PRES-3)."""
+    if not peer.quiet:
+        _requeue(hub, mesh, peer)
     older, peer.link = peer.link, link
     if older is not None:
-        _requeue(hub, mesh, peer)
         hub.close_link(older, SUPERSEDED, "superseded")
     link.mesh, link.peer = mesh, peer
+    link.conn.ws.limit(hub.settings.max_message)
+    mesh.undo.append(lambda: _detach_again(mesh, peer, link, older))
     link.acks, link.shows_target = "client_ack" in offered, "target" in offered
     mesh.links.add(link)
     hub.waiting.discard(link)
+    hub.strangers.discard(link.task)
+
+
+def _detach_again(mesh: Mesh, peer: Peer, link: Link, older: Link | None) -> None:
+    """Takes `_attach` back."""
+    mesh.links.discard(link)
+    peer.link, link.mesh, link.peer = older, None, None
+
+
+def _enter(hub: Broker, mesh: Mesh, peer: Peer) -> None:
+    """Puts a presence into the roster, whose size is bounded by ending the one that was dropped first."""
+    if peer.key in mesh.peers:
+        return
+    absent = [p for p in mesh.peers.values() if p.link is None]
+    if absent and len(mesh.peers) >= 2 * hub.settings.max_connections:
+        end_presence(hub, mesh, min(absent, key=lambda p: p.left_at))
+    mesh.peers[peer.key] = peer
+    mesh.undo.append(lambda: mesh.peers.pop(peer.key, None) and None)
+
+
+def _open_inbox(hub: Broker, mesh: Mesh, peer: Peer) -> None:
+    """Makes a quiet connection the member's inbox, in place of an older one (SPEC PRES-15)."""
+    older = mesh.inboxes.get(peer.key)
+    if older is not None:
+        hub.close_link(older.link, SUPERSEDED, "superseded")
+    mesh.inboxes[peer.key] = peer
 
 
 def _requeue(hub: Broker, mesh: Mesh, peer: Peer) -> None:
@@ -829,7 +914,14 @@ def _keep(mesh: Mesh, peer: Peer, proven: bool, now: int) -> None:
     mesh.save(peer, now)
     if peer.key != peer.member.pubkey:
         mesh.store.record_session(peer.key, peer.member.id, peer.session_id, proven=proven, sealed=peer.sealable, now=now)
-        mesh.store.claim_held(peer.member.pubkey, peer.key)
+        claim_held(mesh, peer)
+
+
+def claim_held(mesh: Mesh, peer: Peer) -> None:
+    """Moves what is queued for the member key to this session, unless somebody is present under that very key."""
+    own = peer.member.pubkey
+    if own not in mesh.peers and own not in mesh.inboxes:
+        mesh.store.claim_held(own, peer.key)
 
 
 def _hello_ack(mesh: Mesh, peer: Peer, hello: dict[str, Any], saved: Saved | None, offered: list[str]) -> dict[str, Any]:
@@ -879,11 +971,18 @@ def detach(hub: Broker, link: Link) -> None:
     mesh.links.discard(link)
     if peer.link is not link:
         return  # superseded: the presence lives on another link
-    peer.link, peer.left_at = None, hub.monotonic()
-    _requeue(hub, mesh, peer)
-    if peer.quiet or link.conn.ws.close_received and link.conn.ws.close_code in (1000, 1001, 1005):
+    leaves = link.conn.ws.close_received and link.conn.ws.close_code in (1000, 1001, 1005)
+    peer.link, peer.left_at = None, -GRACE_SECONDS if leaves else hub.monotonic()
+    if takes_mail(mesh, peer):
+        _requeue(hub, mesh, peer)
+    if peer.quiet or leaves:
         end_presence(hub, mesh, peer)
     hub.touch(mesh)
+
+
+def takes_mail(mesh: Mesh, peer: Peer) -> bool:
+    """Whether stored messages are pushed to this connection: not to a quiet one, unless it is an inbox."""
+    return not peer.quiet or mesh.inboxes.get(peer.key) is peer  # PRES-14, PRES-15
 
 
 def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
@@ -896,12 +995,13 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
     if mesh.peers.get(peer.key) is not peer:
         return  # it has ended already
     del mesh.peers[peer.key]
+    mesh.undo.append(lambda: mesh.peers.setdefault(peer.key, peer) and None)  # the tick will end it again
     mesh.save(peer, now)
     mesh.store.touch_member(peer.member.id, now)
     mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
     mesh.store.release_held(peer.key)
     for other in mesh.sessions(peer.member):
-        mesh.store.claim_held(peer.member.pubkey, other.key)
+        claim_held(mesh, other)
         other.backlog = True
         drain(hub, mesh, other)
     if peer.visible:
@@ -925,7 +1025,7 @@ def check_lengths(frame: dict[str, Any]) -> None:
 def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """send: accepts a message for everyone its target names, or says why not (SPEC DELIV-1)."""
     mesh, peer = link.mesh, link.peer
-    target, priority = frame["targetSpec"], frame.get("priority") or "next"
+    target, priority = hex_key(frame["targetSpec"]) or frame["targetSpec"], frame.get("priority") or "next"
     client_id, sealed = frame.get("client_message_id") or None, frame.get("sealedKeys")
     digest = None
     if client_id is not None:
@@ -934,6 +1034,8 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
         if first is not None:  # DELIV-11, before the rate limit
             _repeat_ack(link, frame, first, digest)
             return
+    if len(frame["ciphertext"].encode()) > wire.MAX_MESSAGE_BYTES - PUSH_OVERHEAD:
+        raise Refused("too_large", "send.ciphertext: the push would be longer than a message may be")  # DELIV-18
     if hub.send_buckets is not None and not hub.send_buckets.take(peer.presence_id, hub.monotonic()):
         raise Refused("rate_limited", wire.ERRORS["rate_limited"])
     recipients = mesh.route(peer, target, priority)
@@ -943,7 +1045,7 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
         refuse_unsealed(mesh, recipients, sealed)
     now = hub.clock()
     online = sum(1 for r in recipients if r.peer is not None and r.peer.link is not None)
-    row = _accept(mesh, peer, frame, priority, recipients, sealed or {}, digest, online, now)
+    row = _accept(mesh, peer, frame, target, priority, recipients, sealed or {}, digest, online, now)
     hub.metrics.add("broker_messages_routed_total", priority)
     _ack_send(link, frame, row.id, online, len(recipients) - online)
     push = stored_push(mesh.id, row)
@@ -952,17 +1054,17 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
             drain(hub, mesh, recipient.peer, push, sealed and sealed[recipient.key])
 
 
-def _accept(mesh: Mesh, sender: Peer, frame: dict[str, Any], priority: str, recipients: list[Recipient],
+def _accept(mesh: Mesh, sender: Peer, frame: dict[str, Any], target: str, priority: str, recipients: list[Recipient],
             sealed: dict[str, str], digest: str | None, online: int, now: int) -> Pending:
     """Stores a message, its deliveries and its audit entry in the open transaction (SPEC DELIV-1)."""
-    store, target, id = mesh.store, frame["targetSpec"], message_id(now)
+    store, id = mesh.store, message_id(now)
     seq = store.accept(
         id=id, sender_member=sender.member.id, sender_key=sender.key, sender_name=sender.name, target=target,
         priority=priority, nonce=frame["nonce"], ciphertext=frame["ciphertext"], subtype=None,
         client_id=frame.get("client_message_id") or None, digest=digest, now=now, expires_at=now + MESSAGE_TTL_MS,
         online=online, held=len(recipients) - online)
     for key, peer, held_for in recipients:
-        store.add_delivery(seq, key, held_for, sealed.get(key))
+        store.add_delivery(seq, key, None if sealed else held_for, sealed.get(key))  # a sealed one opens with that key only
         if key in mesh.by_pubkey and (peer is None or peer.quiet):
             store.trim_held(key, HELD_PER_MEMBER, now)  # DELIV-6
     store.audit("message_sent", sender.member.id, sender.name, {"priority": priority, "targetSpec": target}, now)
@@ -993,8 +1095,10 @@ def on_client_ack(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     if message is not None:
         seqs = [link.by_id[message]] if message in link.by_id else []
     else:
-        pools = (link.inflight,) if stage == "delivered" else (link.unshown, link.inflight)
-        seqs = [seq for pool in pools for seq in _up_to(pool, up_to)]
+        seqs = _up_to(link.inflight, up_to)
+        if stage == "shown":
+            seqs += [seq for seq in link.unshown if seq <= up_to]  # in the order of acknowledgement, so no early end
+    link.acked = hub.now
     landed = link.land(seqs, stage)
     if landed:
         link.mesh.settle([(flight.seq, flight.recipient) for flight in landed], stage)
@@ -1031,7 +1135,7 @@ def on_message_status(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     mesh, peer = link.mesh, link.peer
     mesh.write_settled(hub.clock())
     found = mesh.store.message_status(frame["messageId"])
-    if found is None or not _may_ask(peer, *found):
+    if found is None or not _may_ask(mesh, peer.member, *found):
         raise Refused("not_found", "no such message")
     message, deliveries = found
     recipients = [_recipient_status(mesh, message, delivery) for delivery in deliveries]
@@ -1040,9 +1144,11 @@ def on_message_status(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
                deliveredAt=max(r["at"] for r in recipients) if done else None, recipients=recipients)
 
 
-def _may_ask(peer: Peer, message: storage.MessageRow, deliveries: list[storage.DeliveryRow]) -> bool:
-    keys = (peer.key, peer.member.pubkey)
-    return message.sender_member == peer.member.id or any(d.recipient in keys for d in deliveries)
+def _may_ask(mesh: Mesh, member: Member, message: storage.MessageRow, deliveries: list[storage.DeliveryRow]) -> bool:
+    if message.sender_member == member.id or any(d.recipient == member.pubkey for d in deliveries):
+        return True
+    owners = (mesh.store.session_owner(d.recipient) for d in deliveries)
+    return any(owner is not None and owner.member_id == member.id for owner in owners)
 
 
 def _recipient_status(mesh: Mesh, message: storage.MessageRow, delivery: storage.DeliveryRow) -> dict[str, Any]:
@@ -1076,6 +1182,7 @@ def on_set_stats(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """set_stats: the session's own counters, replaced whole (SPEC PRES-12)."""
     stats = frame.get("stats") or {}
     link.peer.stats = {name: stats[name] for name in (*STAT_NAMES, "uptime") if stats.get(name) is not None}
+    link.mesh.save(link.peer, hub.clock())
     link.done(frame)
 
 
@@ -1092,9 +1199,10 @@ def on_set_visible(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 def on_set_profile(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """set_profile: merges the fields that are given (SPEC PRES-9)."""
     given = {name: frame[name] for name in ("avatar", "title", "bio", "capabilities") if frame.get(name) is not None}
-    if len(encode(given)) > 16 * 1024:
-        raise Refused("too_large", "set_profile: longer than 16 KiB")
-    link.peer.profile = {**link.peer.profile, **given}
+    profile = {**link.peer.profile, **given}
+    if len(encode(profile).encode()) > PROFILE_BYTES:
+        raise Refused("too_large", f"set_profile: the profile is longer than {PROFILE_BYTES} bytes")
+    link.peer.profile = profile
     link.mesh.save(link.peer, hub.clock())
     link.reply(frame, "ack", id=frame.get("_reqId") or "", messageId="", queued=False)
 
@@ -1149,6 +1257,8 @@ def on_set_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
         raise Refused("malformed", "set_state.key: empty")
     if len(encode(value).encode()) > STATE_VALUE_BYTES:
         raise Refused("too_large", f"set_state.value: longer than {STATE_VALUE_BYTES} bytes")
+    if mesh.store.state_size(key) + len(key) + len(encode(value).encode()) > STATE_TOTAL_BYTES:
+        raise Refused("limit", f"the state of a mesh is {STATE_TOTAL_BYTES} bytes at most")
     now = hub.clock()
     mesh.store.set_state(key, value, peer.member.id, peer.member.name, now)
     mesh.store.audit("state_set", peer.member.id, peer.name, {"key": key}, now)  # AUDIT-4: never the value
@@ -1190,8 +1300,9 @@ def on_mesh_info(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 def on_audit_query(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """audit_query: the log, newest first (SPEC AUDIT-5)."""
     default, most = AUDIT_PAGE
-    limit = max(0, min(int(frame.get("limit") or default), most))
-    rows, total = link.mesh.store.audit_page(limit, max(0, int(frame.get("offset") or 0)), frame.get("eventType"))
+    limit = int(max(0, min(frame.get("limit") or default, most)))
+    offset = int(max(0, min(frame.get("offset") or 0, MAX_OFFSET)))
+    rows, total = link.mesh.store.audit_page(limit, offset, frame.get("eventType"))
     link.reply(frame, "audit_result", total=total, entries=[
         {"id": row.id, "eventType": row.event_type, "actor": row.actor or "system", "payload": row.payload,
          "hash": row.hash, "createdAt": iso(row.created_at)} for row in rows])
@@ -1199,10 +1310,16 @@ def on_audit_query(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 
 def on_audit_verify(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """audit_verify: recomputes the chain, in a thread of its own (SPEC AUDIT-6)."""
-    directory = hub.directory(link.mesh.slug)
+    mesh, directory = link.mesh, hub.directory(link.mesh.slug)
+    if mesh.verifying:
+        raise Refused("rate_limited", "a verification is running already")
+    mesh.verifying = True
 
     async def verify() -> None:
-        verdict = await asyncio.to_thread(storage.verify_audit, directory)
+        try:
+            verdict = await asyncio.to_thread(storage.verify_audit, directory)
+        finally:
+            mesh.verifying = False
         broken = {} if verdict.valid else {"brokenAt": verdict.broken_at}
         link.reply(frame, "audit_verify_result", valid=verdict.valid, entries=verdict.entries, head=verdict.head, **broken)
 
@@ -1255,17 +1372,31 @@ class Call(NamedTuple):
             raise Denied(400, "bad_request", error.message) from None
 
 
+@functools.cache
+def git_sha() -> str:
+    """`GIT_SHA`, else the commit of the checkout this file stands in, else `unknown`."""
+    if os.environ.get("GIT_SHA"):
+        return os.environ["GIT_SHA"]
+    git = Path(__file__).resolve().parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        return (git / head.removeprefix("ref: ")).read_text()[:7] if head.startswith("ref: ") else head[:7]
+    except OSError:
+        return "unknown"
+
+
 def http_health(hub: Broker, call: Call) -> dict[str, Any]:
     """GET /health: 200 while the store can commit (SPEC HTTP-21)."""
-    up = hub.metrics.values["broker_db_healthy"].get("", 1) == 1
+    up = not hub.sick
     body = {"status": "ok" if up else "degraded", "db": "up" if up else "down", "version": VERSION,
-            "gitSha": os.environ.get("GIT_SHA") or "unknown", "uptime": int(hub.monotonic() - hub.started)}
+            "gitSha": git_sha(), "uptime": int(hub.monotonic() - hub.started)}
     return body if up else {"": 503, **body}
 
 
 def http_metrics(hub: Broker, call: Call) -> str:
     """GET /metrics: Prometheus text (SPEC OPS-2)."""
     hub.metrics.set("broker_connections_active", sum(len(mesh.links) for mesh in hub.meshes.values()))
+    hub.metrics.set("broker_db_healthy", 0 if hub.sick else 1)
     hub.metrics.set("broker_queue_depth", sum(mesh.store.queue_depth() for mesh in hub.meshes.values()))
     return hub.metrics.text()
 
@@ -1275,10 +1406,10 @@ def http_set_status(hub: Broker, call: Call) -> dict[str, Any]:
     body = call.body()
     cwd, status, pid, session = (body.get(name) for name in ("cwd", "status", "pid", "session_id"))
     hub.metrics.add("broker_hook_requests_total")
-    if not isinstance(cwd, str) or not cwd or status not in STATUSES:
-        return {"ok": False, "error": f"expected cwd and a status out of {', '.join(STATUSES)}"}
+    if not isinstance(cwd, str) or not 0 < len(cwd) <= LENGTHS["hello"]["cwd"] or status not in HOOK_STATUSES:
+        return {"ok": False, "error": f"expected cwd and a status out of {', '.join(HOOK_STATUSES)}"}
     pid = pid if type(pid) is int else 0
-    if not hub.hook_buckets.take(f"{pid}:{cwd}", hub.monotonic()):
+    if not hub.hook_buckets.take(hashlib.sha256(f"{pid}:{cwd}".encode()).hexdigest(), hub.monotonic()):
         hub.metrics.add("broker_hook_requests_rate_limited_total")
         raise Denied(429, "rate_limited")
     matched = hub.match_hook(cwd, pid, session if isinstance(session, str) else "")
@@ -1298,11 +1429,13 @@ def http_join(hub: Broker, call: Call) -> dict[str, Any]:
     body = call.body()
     token, payload, pubkey, name = (body.get(k) for k in ("invite_token", "invite_payload", "peer_pubkey", "display_name"))
     if not (isinstance(token, str) and token and isinstance(payload, dict) and isinstance(name, str) and name.strip()):
-        raise Denied(400, "expected invite_token, invite_payload, peer_pubkey and display_name")
+        raise Denied(400, "bad_request", "expected invite_token, invite_payload, peer_pubkey and display_name")
     pubkey = hex_key(pubkey)
     if pubkey is None or len(name) > 128:
-        raise Denied(400, "peer_pubkey: expected 64 hex digits, display_name: at most 128 characters")
+        raise Denied(400, "bad_request", "peer_pubkey: expected 64 hex digits, display_name: at most 128 characters")
     mesh = _invite_mesh(hub, token, payload)
+    if pubkey in mesh.peers and pubkey not in mesh.by_pubkey or mesh.store.session_owner(pubkey) is not None:
+        raise Denied(400, "key_in_use", "peer_pubkey is a session key of this mesh")  # INV-10
     try:
         member, already = mesh.store.enrol(token, pubkey, name.strip(), hub.clock())
     except storage.JoinRefused as error:
@@ -1310,6 +1443,7 @@ def http_join(hub: Broker, call: Call) -> dict[str, Any]:
     if already:
         return {"ok": True, "memberId": member.id, "alreadyMember": True}
     mesh.store.audit("member_joined", member.id, member.name, {"pubkey": pubkey, "role": member.role}, hub.clock())
+    hub.commit_now(mesh)
     mesh.enrolled(member)
     return {"ok": True, "memberId": member.id}
 
@@ -1370,8 +1504,9 @@ def http_add_invite(hub: Broker, call: Call) -> dict[str, Any]:
         raise Denied(400, f"invite_{error.code}", str(error)) from None
     if hex_key(payload["owner_pubkey"]) != mesh.row.owner_pubkey or payload["mesh_id"] != mesh.id:
         raise Denied(400, "invite_owner_mismatch")
-    if type(uses) is not int or not 1 <= uses <= 100_000 or PRESET.fault(preset) is not None:
-        raise Denied(400, "bad_request", f"maxUses: expected 1 to 100000; preset: expected {PRESET.text}")
+    if type(uses) is not int or not 1 <= uses <= 100_000:
+        raise Denied(400, "bad_request", "maxUses: expected 1 to 100000")
+    _check_preset(preset)
     try:
         invite = mesh.store.add_invite(token, role=payload["role"], max_uses=uses, preset=preset,
                                        expires_at=int(payload["expires_at"] * 1000), created_by=actor, now=hub.clock())
@@ -1379,6 +1514,19 @@ def http_add_invite(hub: Broker, call: Call) -> dict[str, Any]:
         raise Denied(409, "invite_exists") from None
     mesh.store.audit("invite_created", actor, None, {"invite": invite.id, "maxUses": uses, "role": invite.role}, hub.clock())
     return {"ok": True, "inviteId": invite.id}
+
+
+def _check_preset(preset: Any) -> None:
+    """What a preset gives a member must be what the member could have said itself. Raises `Denied`."""
+    fault = PRESET.fault(preset)
+    if fault is not None:
+        raise Denied(400, "bad_request", f"preset{fault}")
+    try:
+        check_lengths({**preset, "type": "hello"})
+        for group in preset.get("groups") or ():
+            check_group(group["name"])
+    except Refused as error:
+        raise Denied(400, error.code, f"preset: {error.message}") from None
 
 
 def http_invites(hub: Broker, call: Call) -> dict[str, Any]:
@@ -1419,6 +1567,7 @@ def http_revoke_member(hub: Broker, call: Call) -> dict[str, Any]:
     if member is None or not mesh.store.revoke_member(member.id, hub.clock()):
         raise Denied(404, "not_found", "no such member")
     mesh.store.audit("member_revoked", actor, None, {"member": member.id}, hub.clock())
+    hub.commit_now(mesh)
     for link in [link for link in mesh.links if link.peer.member.id == member.id]:
         hub.close_link(link, REVOKED, "revoked")
     for peer in mesh.sessions(member):
@@ -1497,7 +1646,8 @@ class Broker(Turn):
         self.metrics = Metrics()
         self.slugs: dict[str, str] = {}  #: mesh id: slug, for every directory under `data`
         self.meshes: dict[str, Mesh] = {}  #: the open ones
-        self.waiting: set[Link] = set()  #: sockets that have not said hello
+        self.waiting: set[Link] = set()  #: WebSockets that have not said hello
+        self.strangers: set[asyncio.Task[Any]] = set()  #: the tasks of all sockets that have not
         self.hellos, self.http_signatures = Recent(), Recent()
         self.pending_hooks: dict[tuple[str, int], tuple[str, str, int]] = {}
         self.hook_buckets = Buckets(self.settings.hook_rate, 60.0)
@@ -1532,7 +1682,6 @@ class Broker(Turn):
         port = self.server.sockets[0].getsockname()[1]
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         self.url = f"{'wss' if tls else 'ws'}://{host}:{port}/ws"
-        self.metrics.set("broker_db_healthy", 1)
         self.timer = self.loop.call_later(TICK_SECONDS, self._ticked)
         self.log("info", "listening", url=self.url, meshes=len(self.slugs))
 
@@ -1564,6 +1713,7 @@ class Broker(Turn):
             self.close_link(link, CloseCode.GOING_AWAY, "shutting down")
         for mesh in self.meshes.values():
             self.attempt(mesh, self._save_all, mesh)
+            self.touch(mesh)
         self.end_turn()
         await self._settle_tasks()
         for mesh in self.meshes.values():
@@ -1612,8 +1762,12 @@ class Broker(Turn):
         if mesh is not None or not isinstance(mesh_id, str) or mesh_id not in self.slugs:
             return mesh
         try:
-            opened = Mesh(Store(self.directory(self.slugs[mesh_id]), synchronous=self.settings.synchronous))
-        except storage.StoreError as error:
+            with contextlib.ExitStack() as undo:
+                store = Store(self.directory(self.slugs[mesh_id]), synchronous=self.settings.synchronous)
+                undo.callback(store.close)
+                opened = Mesh(store)
+                undo.pop_all()
+        except (storage.StoreError, sqlite3.Error) as error:
             self.log("error", "mesh not opened", mesh=self.slugs[mesh_id], reason=str(error))
             raise Refused("storage_error", "the mesh cannot be opened; the broker's log says why") from None
         return self.meshes.setdefault(mesh_id, opened)
@@ -1632,8 +1786,12 @@ class Broker(Turn):
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One accepted socket: an HTTP request, or a WebSocket until it ends."""
+        if len(self.strangers) >= MAX_UNAUTHENTICATED:  # HELLO-12
+            writer.transport.abort()
+            return
         task = asyncio.current_task()
         self.tasks.add(task)
+        self.strangers.add(task)
         try:
             await self._serve(reader, writer)
         except OSError:
@@ -1642,6 +1800,7 @@ class Broker(Turn):
             self.log_fault("connection", error)
         finally:
             self.tasks.discard(task)
+            self.strangers.discard(task)
             writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1651,7 +1810,7 @@ class Broker(Turn):
             if request is None:
                 return
             head = request.method == "HEAD"
-            if request.path == "/ws" and wire.wants_upgrade(request):
+            if request.path == "/ws":
                 await self._serve_websocket(request, reader, writer)
                 return
             writer.write(await self._serve_http(request, reader, writer))
@@ -1667,7 +1826,8 @@ class Broker(Turn):
         handler, ids = find_route(request.method, request.path)
         await wire.read_body(request, reader, writer, max_body=JSON_BODY_BYTES)
         address = str((writer.get_extra_info("peername") or ("",))[0])
-        call = Call(request, ids, _is_loopback(address), address)
+        forwarded = self.settings.public_url or {"forwarded", "x-forwarded-for", "origin"} & request.headers.keys()
+        call = Call(request, ids, _is_loopback(address) and not forwarded, address)  # HTTP-25: proxies and browsers are local, who uses them is not
         try:
             result = handler(self, call)
         except (sqlite3.Error, storage.StoreError) as error:
@@ -1679,16 +1839,14 @@ class Broker(Turn):
             self.log_fault(f"{request.method} {request.path[:40]}", error)
             self.undo_all("internal", wire.ERRORS["internal"])
             raise Denied(500, "internal", wire.ERRORS["internal"]) from None
-        self.touch_all()
-        if not self.end_turn():
-            raise Denied(503, "storage_error", wire.ERRORS["storage_error"])
+        for mesh in self.meshes.values():
+            if mesh.store.changed:
+                self.commit_now(mesh)
         return answer(result, head=request.method == "HEAD")
 
     async def _serve_websocket(self, request: wire.Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self.waiting) >= MAX_UNAUTHENTICATED:
-            raise HttpError(503, "too many connections that have not said hello")  # HELLO-12
-        connection = wire.Connection.accept(request, reader, writer, max_message=self.settings.max_message)
-        link = Link(self, connection, str(connection.peername), self.monotonic())
+        connection = wire.Connection.accept(request, reader, writer, max_message=HELLO_BYTES)
+        link = Link(self, connection, asyncio.current_task(), self.monotonic())
         self.metrics.add("broker_connections_total")
         self.waiting.add(link)
         try:
@@ -1720,15 +1878,16 @@ class Broker(Turn):
             return  # MSG-8: it carries no id to answer to
         self.asked.append((link, frame))
         self.schedule()
+        written = None if link.mesh is None else link.mesh.store.written
         try:
             self._dispatch(link, frame)
         except Refused as error:
             self.refuse(link, frame, error)
         except sqlite3.Error as error:
-            self._failed(link, frame, "storage_error", f"not stored: {error}")
+            self._failed(link, frame, written, "storage_error", f"not stored: {error}")
         except Exception as error:  # our own mistake: the peer learns that it failed, the log learns where
             self.log_fault(str(frame.get("type"))[:40], error)
-            self._failed(link, frame, "internal", wire.ERRORS["internal"])
+            self._failed(link, frame, written, "internal", wire.ERRORS["internal"])
 
     def _dispatch(self, link: Link, frame: dict[str, Any]) -> None:
         if link.mesh is None:
@@ -1736,10 +1895,10 @@ class Broker(Turn):
                 raise Refused("no_hello", wire.ERRORS["no_hello"])
             on_hello(self, link, frame)
         else:
+            if frame.get("type") == "hello":
+                raise Refused("already_authenticated", wire.ERRORS["already_authenticated"])  # HELLO-11
             message = wire.check(frame)
             check_lengths(frame)
-            if message.name == "hello":
-                raise Refused("already_authenticated", wire.ERRORS["already_authenticated"])  # HELLO-11
             handler = HANDLERS.get(message.name)
             if handler is None:
                 raise Refused("not_implemented", f"{message.name}: {wire.ERRORS['not_implemented']}")
@@ -1747,8 +1906,9 @@ class Broker(Turn):
         if link.mesh.store.changed:
             self.touch(link.mesh)
 
-    def _failed(self, link: Link, frame: dict[str, Any], code: str, message: str) -> None:
-        if link.mesh is not None:
+    def _failed(self, link: Link, frame: dict[str, Any], written: int | None, code: str, message: str) -> None:
+        """Undoes the turn if the frame left something half-written, else only the frame has failed (TURN-2)."""
+        if link.mesh is not None and link.mesh.store.written != written:
             self.fail_turn(link.mesh, code, message)
         else:
             self.refuse(link, frame, Refused(code, message))
@@ -1764,9 +1924,9 @@ class Broker(Turn):
             answer["id"] = send_id
         if "_reqId" in answer or "id" in answer or kind == "hello" or error.code == "no_hello":
             link.say(encode(answer))  # MSG-8
-        if kind == "hello" and error.code != "already_authenticated":
+        if kind == "hello" and link.mesh is None:  # HELLO-15
             self.metrics.add("broker_connections_rejected_total", error.code)
-            self.log("info", "hello refused", code=error.code, address=link.address)
+            self.log("info", "hello refused", code=error.code, address=str(link.conn.peername))
             self.close_link(link, FATAL_HELLO, error.code)
 
     def touch(self, mesh: Mesh) -> None:
@@ -1774,11 +1934,12 @@ class Broker(Turn):
         self.changed[mesh.id] = mesh
         self.schedule()
 
-    def touch_all(self) -> None:
-        """Has every mesh with an open transaction committed at the end of this turn."""
-        for mesh in self.meshes.values():
-            if mesh.store.changed:
-                self.touch(mesh)
+    def commit_now(self, mesh: Mesh) -> None:
+        """Ends the turn, for a route that goes on only with what is stored. Raises `Denied` 503."""
+        self.touch(mesh)
+        self.end_turn()
+        if mesh in self.sick:
+            raise Denied(503, "storage_error", wire.ERRORS["storage_error"])
 
     def undo_all(self, code: str, reason: str) -> None:
         """Undoes the turn of every mesh with an open transaction."""
@@ -1801,10 +1962,19 @@ class Broker(Turn):
                 await work
             except storage.StoreError as error:
                 self.refuse(link, frame, Refused(code, str(error)))
+            except Refused as error:
+                self.refuse(link, frame, error)
+            except Exception as error:
+                self.log_fault(str(frame.get("type")), error)
+                self.refuse(link, frame, Refused("internal", wire.ERRORS["internal"]))
 
-        task = self.loop.create_task(run())
+        self._start(run())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.loop.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     def when_room(self, link: Link) -> None:
         """Drains the link's peer again once its socket has taken what is buffered (SPEC DELIV-12)."""
@@ -1818,17 +1988,13 @@ class Broker(Turn):
             if link.peer.link is link:
                 self.attempt(link.mesh, drain, self, link.mesh, link.peer)
 
-        link.resuming = self.loop.create_task(resume())
+        link.resuming = self._start(resume())
 
     def close_link(self, link: Link, code: int, reason: str) -> None:
-        """Writes what the link still has to say, then a close frame; its reader sees the end."""
-        if link.closed:
-            return
-        link.closed = True
-        if link.out:
-            link.conn.write(b"".join(link.out))
-            link.out, link.out_bytes = [], 0
-        link.conn.begin_close(code, reason)
+        """Ends a connection at the end of the turn, behind what it is still told; its reader sees the end."""
+        if not link.closed:
+            link.closed, link.closing = True, (code, reason)
+            self.speak(link)
 
     # Signed HTTP
 
@@ -1927,6 +2093,8 @@ class Broker(Turn):
             end_presence(self, mesh, peer)  # PRES-5
         if now - mesh.pruned_at > RETENTION_SECONDS and not mesh.store.prune(self.clock()):
             mesh.pruned_at = now  # STORE-19: bounded passes, one a second until nothing is left to do
+        if mesh in self.sick:
+            mesh.store.probe()  # /health comes back by itself when the disk does
         if mesh.settled or mesh.store.changed:
             self.touch(mesh)
         elif mesh.unmoved:
@@ -1939,12 +2107,13 @@ class Broker(Turn):
         if now - link.pinged >= PING_SECONDS:
             link.pinged = now
             link.conn.ping()
-        if link.written and not link.conn.buffered:
+        if link.written and not link.closed:
             self.settle_written(link)
-        if link.peer.backlog and link.peer.link is link and (not link.peer.quiet or mesh.inboxes.get(link.peer.key) is link.peer):
+        if link.peer.backlog and link.peer.link is link and takes_mail(mesh, link.peer):
             drain(self, mesh, link.peer)  # what an undone turn left behind waits no longer than this
         oldest = next(iter(link.inflight.values()), None)
-        if oldest is not None and now - oldest.at > REDELIVER_SECONDS and link.peer.link is link:
+        waiting = link.conn.buffered or now - link.acked < REDELIVER_SECONDS  # slow, not lost
+        if oldest is not None and now - oldest.at > REDELIVER_SECONDS and not waiting and link.peer.link is link:
             late = [seq for seq, flight in link.inflight.items() if now - flight.at > REDELIVER_SECONDS]
             for seq in late:  # DELIV-8: back to the store, and out again under a new seq
                 del link.by_id[link.inflight.pop(seq).id]
@@ -2011,6 +2180,8 @@ async def _run(broker: Broker) -> None:
     ended = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, ended.set)
+    asyncio.get_running_loop().set_exception_handler(
+        lambda loop, context: broker.log("error", "event loop", reason=f"{context['message']}: {context.get('exception')}"[:200]))
     async with broker:
         await ended.wait()
 

@@ -581,6 +581,15 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         self.changed = True
 
+    @property
+    def written(self) -> int:
+        """Rows written or taken since the store was opened: the same before and after means nothing was left behind."""
+        return self._db.total_changes + sum(map(len, self._rows.values()))
+
+    def probe(self) -> None:
+        """Write something that changes nothing, to see whether a commit would succeed."""
+        self._write("UPDATE mesh SET slug = slug")
+
     def commit(self) -> None:
         """Make everything since the last commit durable (STORE-2). After sqlite3.Error call `rollback`."""
         if not self.changed:
@@ -881,6 +890,10 @@ class Store:
             "version = version + 1, updated_by_member = excluded.updated_by_member, updated_by = excluded.updated_by, "
             "updated_at = excluded.updated_at RETURNING version",
             (key, compact(value), member_id, member_name, now)).fetchall()[0][0]
+
+    def state_size(self, except_key: str) -> int:
+        """Characters of all keys and values, but for one key that is about to be replaced."""
+        return self._one("SELECT ifnull(sum(length(key) + length(value)), 0) FROM state WHERE key <> ?", except_key)[0]
 
     def get_state(self, key: str) -> StateRow | None:
         """The value under a key; None when nobody has written it (a stored null is a row)."""

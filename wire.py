@@ -431,6 +431,10 @@ class WebSocket:
         self.state, self._data = State.CLOSING, _nothing             # WS-16
         return self._close_frame(code, reason)
 
+    def limit(self, max_message: int) -> None:
+        """Change how long a message may be, from the next one on; to be called between two messages."""
+        self.max_message = self._room = max_message
+
     def take_output(self) -> bytes:
         """What the peer's frames call for, to be written now; leaves the output empty.
 
@@ -825,6 +829,8 @@ class Connection:
         self._owner: asyncio.Task[object] | None = None     # the task that receives
         self._deadline: asyncio.TimerHandle | None = None
         self._held: asyncio.Task[None] | None = None
+        # TLS: asyncio's transport says only what waits for encryption; the socket's own buffer lies below
+        self._below = getattr(getattr(writer.transport, "_ssl_protocol", None), "_transport", None)
 
     @classmethod
     def accept(cls, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *,
@@ -840,7 +846,13 @@ class Connection:
     @property
     def buffered(self) -> int:
         """Bytes written that the socket has not taken yet."""
-        return self.writer.transport.get_write_buffer_size()
+        size = self.writer.transport.get_write_buffer_size()
+        return size if self._below is None else size + self._below.get_write_buffer_size()
+
+    @property
+    def alive(self) -> bool:
+        """Whether what is written still goes to an open socket, as far as is known."""
+        return not (self.ws.ended or self.writer.transport.is_closing())
 
     async def receive(self) -> list[str | bytes] | None:
         """The messages one bulk read completes, possibly none; None once the connection is at its end.
@@ -881,8 +893,8 @@ class Connection:
             if ws.output and not ws.ended:
                 self.write(ws.take_output())
                 self.hold(READ_BYTES)        # WS-15: who pings and does not read is not read either
-            if messages:
-                handle(messages)
+            if data:
+                handle(messages)             # also [], so that whoever counts silence hears pongs and fragments
             if ws.ended and not ended.done():
                 ended.set_result(None)
 
@@ -1802,7 +1814,7 @@ _INVITE_FIELDS: dict[str, Callable[[Any], bool]] = {  # INV-1
     "mesh_id": lambda v: isinstance(v, str) and v != "",
     "mesh_slug": lambda v: isinstance(v, str) and v != "",
     "broker_url": lambda v: isinstance(v, str) and v != "",
-    "expires_at": lambda v: type(v) in (int, float) and v > 0,
+    "expires_at": lambda v: type(v) in (int, float) and 0 < v < 2**40,  # before the year 36812
     "mesh_root_key": lambda v: isinstance(v, str) and v != "",
     "role": lambda v: v in ("admin", "member"),
     "owner_pubkey": lambda v: hex_key(v) is not None,

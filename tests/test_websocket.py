@@ -1211,13 +1211,13 @@ def pumped(talk, *, answer=lambda connection, messages: [connection.send(m) for 
     return asyncio.run(main())
 
 
-HANDSHAKE = wire.upgrade_request("127.0.0.1", "/", "dGhlIHNhbXBsZSBub25jZQ==")
+OPENING = wire.upgrade_request("127.0.0.1", "/", "dGhlIHNhbXBsZSBub25jZQ==")
 
 
 @spec("WS-15", "WS-11")
 def test_pumped_pongs_go_before_the_echo_of_what_came_around_the_ping():
     async def talk(reader, writer):
-        writer.write(HANDSHAKE)
+        writer.write(OPENING)
         await reader.readuntil(b"\r\n\r\n")
         writer.write(masked(b"\x01\x02He" + b"\x89\x01p" + b"\x80\x03llo"))
         return await reader.readexactly(3 + 7)
@@ -1228,7 +1228,7 @@ def test_pumped_pongs_go_before_the_echo_of_what_came_around_the_ping():
 @spec("WS-16")
 def test_pumped_what_came_with_the_handshake_is_not_lost_and_answers_go_before_the_close():
     async def talk(reader, writer):
-        writer.write(HANDSHAKE + masked(b"\x81\x02hi" + b"\x88\x02\x03\xe8"))
+        writer.write(OPENING + masked(b"\x81\x02hi" + b"\x88\x02\x03\xe8"))
         await reader.readuntil(b"\r\n\r\n")
         return await reader.read()
 
@@ -1240,7 +1240,7 @@ def test_pumped_what_came_with_the_handshake_is_not_lost_and_answers_go_before_t
 @spec("WS-19")
 def test_pumped_a_stream_that_just_ends_counts_as_1006():
     async def talk(reader, writer):
-        writer.write(HANDSHAKE)
+        writer.write(OPENING)
         await reader.readuntil(b"\r\n\r\n")
         writer.transport.abort()
 
@@ -1250,7 +1250,7 @@ def test_pumped_a_stream_that_just_ends_counts_as_1006():
 @spec("WS-18")
 def test_pumped_nothing_after_a_violation_is_handled():
     async def talk(reader, writer):
-        writer.write(HANDSHAKE)
+        writer.write(OPENING)
         await reader.readuntil(b"\r\n\r\n")
         writer.write(masked(b"\x81\x02hi") + b"\x81\x02no" + masked(b"\x81\x02ho"))
         return await reader.read()
@@ -1270,7 +1270,7 @@ def test_pumped_a_peer_that_does_not_read_is_not_read_until_it_does():
         paused.append(not connection.writer.transport.is_reading())
 
     async def talk(reader, writer):
-        writer.write(HANDSHAKE)
+        writer.write(OPENING)
         await reader.readuntil(b"\r\n\r\n")
         for _ in range(40):
             writer.write(masked(b"\x81\x01m"))
