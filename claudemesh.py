@@ -11,7 +11,7 @@ everything slow is still being imported, so a session never waits for us. The co
 peers, do their work and leave. The embedding API is `MeshClient`:
 
     async with MeshClient.from_config("den", name="ci") as client:
-        await client.send("@dev", "the build is green")
+        await client.send("@dev", "the build is green")  # to one peer: (await client.resolve("ada"))["pubkey"]
         async for push in client:
             print(push.sender_name, push.text)
 
@@ -38,7 +38,6 @@ import socket
 import sys
 import threading
 import time
-from collections import deque, namedtuple
 from pathlib import Path
 
 TYPE_CHECKING = False  # what typing.TYPE_CHECKING says, without the cost of importing typing
@@ -46,10 +45,12 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import subprocess
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-    from typing import Any
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+    from typing import IO, Any
 
     import wire
+
+    Json = dict[str, Any]
 
 # --- 1. Errors, lazy loading, private files -------------------------------------------------------
 
@@ -77,7 +78,7 @@ class NameProblem(MeshError):
     """A name that is not one peer. `code` is `unknown_name` or `ambiguous_name`; `candidates` are the
     peers that might be meant, each `{name, key, mesh, status}`."""
 
-    def __init__(self, code: str, message: str, candidates: list[dict[str, Any]]) -> None:
+    def __init__(self, code: str, message: str, candidates: list[Json]) -> None:
         super().__init__(code, message)
         self.candidates = candidates
 
@@ -91,7 +92,8 @@ def _usage(text: str) -> Exception:
 def private_directory(path: Path) -> Path:
     """`path`, made with mode 0700 if it was missing (SPEC CONF-1). Raises `UsageError`."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (*reversed(path.parents), path):  # `parents=True` would give those the default mode
+            folder.mkdir(0o700, exist_ok=True)
     except OSError as error:
         raise _usage(f"{path}: {error.strerror}") from None
     return path
@@ -111,9 +113,9 @@ def write_private(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         temporary.unlink(missing_ok=True)
-        raise _usage(f"{path}: {error.strerror}") from None
+        raise _usage(f"{path}: {_reason(error)}") from None
 
 
 def _read_json(path: Path) -> Any:
@@ -132,17 +134,18 @@ def _read_json(path: Path) -> Any:
         raise _usage(f"{path}: nested too deeply") from None
 
 
-def _to_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _write_json(path: Path, value: Any) -> None:
+    write_private(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class _Lock:
     """An exclusive lock among processes, held on a file of its own (CONF-5)."""
 
-    def __init__(self, directory: Path) -> None:
-        self.path = private_directory(directory) / "lock"
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __enter__(self) -> None:
+        private_directory(self.path.parent)
         try:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -156,7 +159,11 @@ class _Lock:
 # --- 2. Configuration -----------------------------------------------------------------------------
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  #: what a mesh may be called here: it names files (CONF-6)
-MESSAGE_MODES = ("push", "inbox", "off")
+MODES = {  #: of messages, and what each means
+    "push": "messages appear by themselves",
+    "inbox": "you are told that something came; check_messages shows it",
+    "off": "nothing appears by itself; check_messages shows what came",
+}
 SESSION_KEY_DAYS = 90  #: a session's keys unused for so long are removed; the broker forgets them as well
 
 _HEX = re.compile(r"[0-9a-f]+")
@@ -192,7 +199,7 @@ _CONFIG = {
     "displayName": (lambda value: isinstance(value, str), "a text"),
     "role": (lambda value: isinstance(value, str), "a text"),
     "groups": (lambda value: isinstance(value, list) and all(map(_is_group, value)), "a list of {name, role?}"),
-    "messageMode": (lambda value: value in MESSAGE_MODES, "push, inbox or off"),
+    "messageMode": (lambda value: value in tuple(MODES), "push, inbox or off"),
 }
 
 
@@ -202,24 +209,23 @@ def config_dir() -> Path:
     return Path(chosen) if chosen else Path.home() / ".claudemesh"
 
 
-def load_config(dir: Path | None = None) -> dict[str, Any]:
+def load_config(dir: Path | None = None) -> Json:
     """The configuration in `dir` (default `config_dir()`); a missing file is an empty one (CONF-3).
 
     Raises `UsageError`, one line naming the file and the place in it, if it cannot be used (CONF-4).
     """
     path = (dir or config_dir()) / "config.json"
     found = _read_json(path)
-    config = {"version": 1, "meshes": []} if found is None else found
-    if not isinstance(config, dict):
+    if not isinstance(found, (dict, type(None))):
         raise _usage(f"{path}: expected an object")
-    config = {"version": 1, "meshes": [], **config}
+    config = {"version": 1, "meshes": [], **(found or {})}
     fault = _config_fault(config)
     if fault is not None:
         raise _usage(f"{path}: {fault}")
     return config
 
 
-def _config_fault(config: dict[str, Any]) -> str | None:
+def _config_fault(config: Json) -> str | None:
     for name, (fits, expected) in _CONFIG.items():
         if name in config and not fits(config[name]):
             return f"{name}: expected {expected}"
@@ -232,18 +238,18 @@ def _config_fault(config: dict[str, Any]) -> str | None:
     return None
 
 
-def save_config(config: dict[str, Any], dir: Path | None = None) -> None:
+def save_config(config: Json, dir: Path | None = None) -> None:
     """Write `config` as it is, unknown keys included (CONF-3). To change a stored one use `update_config`."""
-    write_private((dir or config_dir()) / "config.json", _to_json(config))
+    _write_json((dir or config_dir()) / "config.json", config)
 
 
-def update_config(change: Callable[[dict[str, Any]], Any], dir: Path | None = None) -> Any:
+def update_config(change: Callable[[Json], Any], dir: Path | None = None) -> Any:
     """Apply `change` to the stored configuration and save it, alone among all processes (CONF-5).
 
     `change` alters the dict it is given; its result is returned. If it raises, nothing is saved.
     """
     directory = dir or config_dir()
-    with _Lock(directory):
+    with _Lock(directory / "lock"):
         config = load_config(directory)
         result = change(config)
         save_config(config, directory)
@@ -257,23 +263,24 @@ def require_slug(slug: str) -> str:
     return slug
 
 
-def find_mesh(config: dict[str, Any], slug: str | None = None) -> dict[str, Any]:
-    """The membership called `slug`, or the only one there is. Raises `UsageError` (CONF-8)."""
+def find_mesh(config: Json, slug: str | None = None, how: str = "name one of") -> Json:
+    """The membership called `slug`, or the only one there is. Raises `UsageError` (CONF-8), which tells by
+    `how` what to do about several."""
     meshes = config["meshes"]
     known = ", ".join(entry["slug"] for entry in meshes)
     if not meshes:
-        raise _usage("no mesh joined yet: claudemesh join <invite link>")
+        raise _usage("no mesh joined yet: `claudemesh up` starts one here, `claudemesh join LINK` joins one")
     if slug is None and len(meshes) > 1:
-        raise _usage(f"several meshes are joined, name one of: {known}")
+        raise _usage(f"several meshes are joined, {how}: {known}")
     entry = next((entry for entry in meshes if slug in (None, entry["slug"])), None)
     if entry is None:
         raise _usage(f"not a member of {slug!r}; joined: {known}")
     return entry
 
 
-def display_name(config: dict[str, Any]) -> str:
-    """The name peers see: CLAUDEMESH_DISPLAY_NAME, the config's, else host and process id (CONF-9)."""
-    return (os.environ.get("CLAUDEMESH_DISPLAY_NAME") or config.get("displayName")
+def display_name(config: Json, otherwise: str | None = None) -> str:
+    """The name peers see: CLAUDEMESH_DISPLAY_NAME, the config's, `otherwise`, else host and process id (CONF-9)."""
+    return (os.environ.get("CLAUDEMESH_DISPLAY_NAME") or config.get("displayName") or otherwise
             or f"{socket.gethostname()}-{os.getpid()}")
 
 
@@ -288,7 +295,7 @@ def owner_file(slug: str, dir: Path | None = None) -> Path:
     return (dir or config_dir()) / f"owner-{require_slug(slug)}.json"
 
 
-def _owner(slug: str, dir: Path | None) -> dict[str, Any] | None:
+def _owner(slug: str, dir: Path | None) -> Json | None:
     path = owner_file(slug, dir)
     owner = _read_json(path)
     if owner is None:
@@ -311,24 +318,19 @@ def session_keys(mesh_id: str, session_id: str, dir: Path | None = None) -> wire
     _load()
     directory = dir or config_dir()
     path = directory / "sessions" / _file_name(mesh_id) / f"{_file_name(session_id)}.json"
-    with _Lock(directory):  # two processes of one session must not make two pairs
+    with _Lock(directory / "lock"):  # two processes of one session must not make two pairs
         stored = _read_json(path)
         if stored is None:
             keys = wire.KeyPair.generate()
-            _forget_old_sessions(private_directory(path.parent))
-            write_private(path, _to_json({"sessionId": session_id, "pubkey": keys.public, "secretKey": keys.secret}))
+            for file in path.parent.glob("*.json"):
+                if file.stat().st_mtime < time.time() - SESSION_KEY_DAYS * 86400:
+                    file.unlink(missing_ok=True)
+            _write_json(path, {"sessionId": session_id, "pubkey": keys.public, "secretKey": keys.secret})
             return keys
     if not isinstance(stored, dict) or not _is_hex(128)(stored.get("secretKey")):
         raise _usage(f"{path}: secretKey: expected 128 lower-case hex digits")
     os.utime(path)
     return wire.KeyPair.from_seed(bytes.fromhex(stored["secretKey"][:64]))
-
-
-def _forget_old_sessions(directory: Path) -> None:
-    oldest = time.time() - SESSION_KEY_DAYS * 86400
-    for file in directory.glob("*.json"):
-        if file.stat().st_mtime < oldest:
-            file.unlink(missing_ok=True)
 
 
 # --- 3. Signed HTTP, invites, enrolment -----------------------------------------------------------
@@ -357,11 +359,17 @@ def http_call(base: str, method: str, path: str, body: Any = None, *, sign: wire
     parts = urlsplit(base)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
-    signature = _http_signature(method, path, data, sign) if sign else {}
+    head = {"Content-Type": "application/json", **(headers or {})}
+    if sign:
+        now = int(time.time() * 1000)
+        signature = wire.sign(wire.http_text(method, path, data, now, sign.public), sign.secret)
+        head |= {"X-Mesh-Key": sign.public, "X-Mesh-Time": str(now), "X-Mesh-Signature": signature}
     try:
-        connection.request(method, path, data, {"Content-Type": "application/json", **signature, **(headers or {})})
+        connection.request(method, path, data, head)
         answer = connection.getresponse()
         content = answer.read(MAX_HTTP_ANSWER)
+        if answer.length:  # what `read` with a limit does not say
+            raise http.client.IncompleteRead(content, answer.length)
     except (OSError, http.client.HTTPException) as error:
         raise MeshError("offline", f"{base} cannot be reached: {_reason(error)}") from None
     except ValueError:  # its text shows the header, which may be a secret
@@ -371,13 +379,7 @@ def http_call(base: str, method: str, path: str, body: Any = None, *, sign: wire
     return content if raw and answer.status == 200 else _http_result(answer.status, content)
 
 
-def _http_signature(method: str, path: str, body: bytes, keys: wire.KeyPair) -> dict[str, str]:
-    now = int(time.time() * 1000)
-    text = wire.http_text(method, path, body, now, keys.public)
-    return {"X-Mesh-Key": keys.public, "X-Mesh-Time": str(now), "X-Mesh-Signature": wire.sign(text, keys.secret)}
-
-
-def _http_result(status: int, content: bytes) -> dict[str, Any]:
+def _http_result(status: int, content: bytes) -> Json:
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
@@ -399,7 +401,7 @@ def _reason(error: BaseException) -> str:
 
 
 def join_mesh(link: str, name: str, *, dir: Path | None = None, timeout: float = HTTP_TIMEOUT,
-              now: Callable[[], float] = time.time) -> dict[str, Any]:
+              now: Callable[[], float] = time.time) -> Json:
     """Enrol this machine with an invite and save the membership, which is returned with `alreadyMember`.
 
     Blocks. Nothing is sent and no file is named before the invite has been verified and its slug found
@@ -410,9 +412,14 @@ def join_mesh(link: str, name: str, *, dir: Path | None = None, timeout: float =
     token = wire.extract_token(link)
     payload = wire.read_invite(token, int(now()))  # INV-20
     slug = require_slug(payload["mesh_slug"])  # INV-21: it comes from a stranger and will name files
-    old = next((entry for entry in load_config(dir)["meshes"] if entry["slug"] == slug), None)
-    if old is not None and old["meshId"] != payload["mesh_id"]:  # INV-22: its key has no other copy
-        raise wire.UsageError(f"already a member of another mesh called {slug}: claudemesh leave {slug} first")
+
+    def known(config: Json) -> Json | None:
+        old = next((entry for entry in config["meshes"] if entry["slug"] == slug), None)
+        if old is not None and old["meshId"] != payload["mesh_id"]:  # INV-22: its key has no other copy
+            raise wire.UsageError(f"already a member of another mesh called {slug}: claudemesh leave {slug} first")
+        return old
+
+    old = known(load_config(dir))
     keys = wire.KeyPair(old["pubkey"], old["secretKey"]) if old else wire.KeyPair.generate()
     answer = http_call(wire.http_base(payload["broker_url"]), "POST", "/join", {
         "invite_token": token, "invite_payload": payload, "peer_pubkey": keys.public, "display_name": name,
@@ -424,14 +431,15 @@ def join_mesh(link: str, name: str, *, dir: Path | None = None, timeout: float =
         "pubkey": keys.public, "secretKey": keys.secret, "brokerUrl": payload["broker_url"],
         "joinedAt": wire.iso(int(now() * 1000)),
     }
-    update_config(lambda config: _put_membership(config, membership), dir)
+
+    def keep(config: Json) -> None:
+        before = known(config)  # it may have been joined meanwhile
+        others = (entry for entry in config["meshes"] if entry is not before)
+        config["meshes"] = [*others, {**(before or {}), **membership}]
+
+    update_config(keep, dir)
     write_private(invite_file(slug, dir), wire.invite_link(token) + "\n")
     return {**membership, "alreadyMember": answer.get("alreadyMember") is True}
-
-
-def _put_membership(config: dict[str, Any], membership: dict[str, Any]) -> None:
-    kept = [entry for entry in config["meshes"] if entry["slug"] != membership["slug"]]
-    config["meshes"] = [*kept, membership]
 
 
 def leave_mesh(slug: str, dir: Path | None = None) -> int:
@@ -440,20 +448,21 @@ def leave_mesh(slug: str, dir: Path | None = None) -> int:
     The broker is not told, and an owner file stays: it is the only copy of the mesh's secret.
     Raises `UsageError` if `slug` is not joined.
     """
-    def change(config: dict[str, Any]) -> dict[str, Any]:
+    def change(config: Json) -> tuple[str, int]:
         entry = find_mesh(config, slug)
-        config["meshes"] = [other for other in config["meshes"] if other is not entry]
-        return {**entry, "left": len(config["meshes"])}
+        config["meshes"].remove(entry)
+        return entry["meshId"], len(config["meshes"])
 
-    entry = update_config(change, dir)
+    find_mesh(load_config(dir), slug)  # CLI-1: a wrong call makes no directory
+    mesh_id, left = update_config(change, dir)
     invite_file(slug, dir).unlink(missing_ok=True)
-    for file in ((dir or config_dir()) / "sessions" / _file_name(entry["meshId"])).glob("*.json"):
+    for file in ((dir or config_dir()) / "sessions" / _file_name(mesh_id)).glob("*.json"):
         file.unlink(missing_ok=True)
-    return entry["left"]
+    return left
 
 
 def create_mesh(slug: str, name: str, broker_url: str, *, display_name: str, admin_token: str | None = None,
-                dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> dict[str, Any]:
+                dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> Json:
     """Create a mesh on the broker, keep its owner keys here, and join it as its first admin. Blocks.
 
     The owner's secret key is made on this machine and never leaves it (SPEC INV-24). `name` is the
@@ -472,10 +481,10 @@ def create_mesh(slug: str, name: str, broker_url: str, *, display_name: str, adm
                        sign=keys, headers=bearer, timeout=timeout)
     if not _is_text(answer.get("meshId")):
         raise MeshError("malformed", "the broker's answer names no mesh", answer)
-    write_private(path, _to_json({
+    _write_json(path, {
         "meshId": answer["meshId"], "slug": slug, "brokerUrl": answer.get("brokerUrl") or broker_url,
         "ownerPubkey": keys.public, "ownerSecretKey": keys.secret, "rootKey": secrets.token_urlsafe(32),
-    }))
+    })
     link = make_invite(slug, role="admin", expires_s=SELF_INVITE_SECONDS, max_uses=1, dir=dir, timeout=timeout)
     return join_mesh(link, display_name, dir=dir, timeout=timeout)
 
@@ -506,7 +515,7 @@ def make_invite(slug: str, *, role: str = "member", expires_s: int = INVITE_SECO
     return wire.invite_link(token)
 
 
-def list_invites(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> list[dict[str, Any]]:
+def list_invites(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> list[Json]:
     """The invites of a mesh: `{id, role, maxUses, usedCount, expiresAt, createdAt, revokedAt}`, times in
     ms. Blocks. Raises `UsageError`, `MeshError` (`forbidden` for plain members)."""
     return _mesh_call(slug, "GET", "/invites", None, dir, timeout).get("invites", [])
@@ -517,7 +526,7 @@ def revoke_invite(slug: str, invite_id: str, dir: Path | None = None, timeout: f
     _mesh_call(slug, "DELETE", "/invites/" + _path_part(invite_id), None, dir, timeout)
 
 
-def list_members(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> list[dict[str, Any]]:
+def list_members(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> list[Json]:
     """The members of a mesh, online or not. Blocks. Raises `UsageError`, `MeshError`."""
     return _mesh_call(slug, "GET", "/members", None, dir, timeout).get("members", [])
 
@@ -533,7 +542,7 @@ def _path_part(text: str) -> str:
     return text
 
 
-def _mesh_call(slug: str, method: str, path: str, body: Any, dir: Path | None, timeout: float) -> dict[str, Any]:
+def _mesh_call(slug: str, method: str, path: str, body: Any, dir: Path | None, timeout: float) -> Json:
     """A request about one mesh, signed by its owner if this machine is that, else by its member."""
     _load()
     owner = _owner(slug, dir)
@@ -559,9 +568,10 @@ SEND_TIMEOUT = 10.0  #: seconds
 SEAL_RETRIES = 3  #: how often a sealed multicast is sealed again for recipients the broker names
 SEEN_LIMIT = 4096  #: message ids remembered beyond those still waiting in the client
 QUEUE_LIMIT = 10_000  #: pushes waiting for the program; then the client stops reading
+KEY_DIGITS = 16  #: how much of a key is shown: enough to address it
 
-#: Hello errors and close codes after which there is no use in trying again (SPEC CLIENT-4).
-FINAL_ERRORS = frozenset({"unauthorized", "malformed", "bad_signature", "bad_session_key"})
+#: Close codes, and errors they or hello end with, after which there is no use in trying again (SPEC CLIENT-4).
+FINAL_ERRORS = frozenset({"unauthorized", "malformed", "bad_signature", "bad_session_key", "superseded", "revoked"})
 FINAL_CLOSES = {
     4000: ("superseded", "another connection of this session took over"),
     4001: ("revoked", "this member was removed from the mesh"),
@@ -589,7 +599,6 @@ REMEMBERED = {
     "mcp_register": ("server", "serverName", "keep"),
     "mcp_unregister": ("server", "serverName", "end"),
 }
-_REPLAY_ORDER = ("group", "status", "summary", "visible", "profile", "stream", "server")
 
 
 class Push:
@@ -613,7 +622,7 @@ class Push:
     __slots__ = ("kind", "id", "mesh", "sender", "sender_name", "sender_member", "text", "target", "addressed",
                  "secured", "own", "priority", "created_at", "received_at", "event", "data", "raw")
 
-    def __init__(self, kind: str, mesh: str, received_at: int, raw: dict[str, Any]) -> None:
+    def __init__(self, kind: str, mesh: str, received_at: int, raw: Json) -> None:
         self.kind, self.mesh, self.received_at, self.raw = kind, mesh, received_at, raw
         self.id: str = raw.get("messageId", "")
         self.sender: str = raw.get("senderPubkey", "")
@@ -628,7 +637,7 @@ class Push:
         self.addressed, self.secured, self.own = "unknown", "none", False
 
     def __repr__(self) -> str:
-        return f"<Push {self.kind} {self.id[:8]} from {self.sender_name or self.sender[:16]!r} {self.secured}>"
+        return f"<Push {self.kind} {self.id[:8]} from {self.sender_name or self.sender[:KEY_DIGITS]!r} {self.secured}>"
 
 
 class _Call:
@@ -636,17 +645,12 @@ class _Call:
 
     __slots__ = ("frame", "future", "repeat", "token")
 
-    def __init__(self, frame: dict[str, Any], future: asyncio.Future[dict[str, Any]], repeat: bool) -> None:
+    def __init__(self, frame: Json, future: asyncio.Future[Json], repeat: bool) -> None:
         self.frame, self.future, self.repeat, self.token = frame, future, repeat, ""
 
 
 class MeshClient:
     """One session of one member in one mesh.
-
-        async with MeshClient(membership, name="builder") as client:
-            await client.send((await client.resolve("tester"))["pubkey"], "the build is green")
-            async for push in client:
-                print(push.sender_name, push.text)
 
     `membership` is an entry of the config's `meshes` (`find_mesh`). `state` is "connecting", "open",
     "reconnecting" or "closed"; once closed, `error` says why, None after `close`. `key` is the address
@@ -679,17 +683,16 @@ class MeshClient:
         self.member_key = self._member.public
         self._hello = _hello_fields(name, session_id, groups, inbox, quiet, int(clock() * 1000)) | dict(hello or {})
         self.state, self.error = "connecting", None
-        self.hello_ack: dict[str, Any] = {}
-        self.known: list[dict[str, Any]] = []
+        self.hello_ack: Json = {}
+        self.known: list[Json] = []
         self.capabilities: frozenset[str] = frozenset()  # what the broker honours of ours
         self.stats = {"messagesIn": 0, "messagesOut": 0, "toolCalls": 0, "errors": 0}
-        self.handlers: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        self.handlers: dict[str, Callable[[Json], Any]] = {}
         self._task: asyncio.Task[None] | None = None
         self._connection: wire.Connection | None = None
-        self._refusal: MeshError | None = None  # an error frame that arrived instead of hello_ack
         self._calls: dict[str, _Call] = {}  # written and unanswered, by token
         self._repeats: list[_Call] = []  # sends to write again once connected
-        self._remembered: dict[tuple[str, str], dict[str, Any]] = {}
+        self._remembered: dict[tuple[str, str], Json] = {}
         self._sealed_for: dict[str, dict[str, None]] = {}  # multicast target -> recipient keys, ordered
         self._queue: collections.deque[Push] = collections.deque()
         self._handed: Push | None = None
@@ -747,14 +750,14 @@ class MeshClient:
             await asyncio.wait([self._task])
             self._task = None
         self._flush_acks()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            try:
+        try:
+            if self._connection is not None:
                 async with asyncio.timeout(grace):
-                    await connection.close(1000)
-            except TimeoutError:
-                connection.abort()
-        self._end(None)
+                    await self._connection.close(1000)
+        except TimeoutError:
+            self._connection.abort()
+        finally:
+            self._end(None)
 
     async def _supervise(self) -> None:
         attempt = 0
@@ -770,8 +773,8 @@ class MeshClient:
                 self._loop.call_exception_handler({"message": "MeshClient failed", "exception": error})
                 problem = MeshError("internal", f"the client failed: {type(error).__name__}")
             self._disconnected(problem)
-            final = problem.code in FINAL_ERRORS or problem.code in ("superseded", "revoked")
-            if final or problem.code != "replayed":  # a twin signed in the same millisecond: just again
+            final = problem.code in FINAL_ERRORS
+            if problem.code != "replayed":  # a twin signed in the same millisecond: just again
                 self._report_start(problem)
             if final:  # CLIENT-4
                 self._end(problem)
@@ -787,7 +790,6 @@ class MeshClient:
     async def _connect(self) -> None:
         """Connection and hello. Returns once open; raises `MeshError`."""
         self._forget_connection()
-        self._refusal = None
         url = self._membership["brokerUrl"]
         try:
             connection = self._connection = await wire.connect(url, timeout=CONNECT_TIMEOUT)  # CLIENT-2
@@ -801,7 +803,7 @@ class MeshClient:
         except (OSError, wire.ProtocolError) as error:  # TimeoutError is one of the former
             raise MeshError("offline", f"{url} cannot be reached: {_reason(error)}") from None
 
-    def _hello_frame(self) -> dict[str, Any]:
+    def _hello_frame(self) -> Json:
         """A hello signed now (SPEC CLIENT-1)."""
         mesh_id, member_id = self._membership["meshId"], self._membership["memberId"]
         now = int(self._clock() * 1000)
@@ -820,9 +822,12 @@ class MeshClient:
         while await self._pump(connection):
             # CLIENT-19: a program that does not keep up slows the broker down, it loses nothing; but an
             # answer somebody waits for must not be stuck behind the pushes
-            while len(self._queue) >= QUEUE_LIMIT and not self._calls:
+            while self._choked():
                 self._room.clear()
                 await self._room.wait()
+
+    def _choked(self) -> bool:
+        return len(self._queue) >= QUEUE_LIMIT and not self._calls
 
     async def _pump(self, connection: wire.Connection) -> bool:
         """Handle one batch of frames, in order. Whether the connection goes on."""
@@ -850,9 +855,9 @@ class MeshClient:
 
     def _forget_connection(self) -> None:
         """Start the bookkeeping of a new connection: its pushes are counted from 1."""
+        self._refusal: MeshError | None = None  # an error frame that arrived instead of hello_ack
         self._last_seq = self._delivered_to = self._shown_to = 0
-        self._unshown: dict[int, str] = {}  # seq -> message id, ascending
-        self._seq_of: dict[str, int] = {}
+        self._seq_of: dict[str, int] = {}  # message ids not shown yet, ascending
         self._late: list[tuple[int, str]] = []  # shown, not yet reported
         self._flush_due = False
         self._paced: asyncio.TimerHandle | None = None
@@ -876,6 +881,7 @@ class MeshClient:
     def _end(self, problem: MeshError | None) -> None:
         """Closed for good: everybody who waits is told."""
         self.state, self.error = "closed", problem if problem is not None else self.error
+        self._connection = None
         if self._paced is not None:
             self._paced.cancel()
         calls = [*self._calls.values(), *self._repeats]
@@ -891,7 +897,7 @@ class MeshClient:
     def _keep_alive(self) -> None:
         """The one timer of an open connection: pings, silence, statistics (SPEC CLIENT-5, CLIENT-22)."""
         now = self._loop.time()
-        if len(self._queue) >= QUEUE_LIMIT and not self._calls:
+        if self._choked():
             self._heard = now  # it is this side that does not listen
         if now >= self._heard + SILENCE_LIMIT:
             self._connection.abort()  # which ends the reading, and that the connection
@@ -906,17 +912,18 @@ class MeshClient:
 
     # ---- what arrives
 
-    def _handle(self, frame: dict[str, Any]) -> None:
-        name = frame.get("type")
+    def _handle(self, frame: Json) -> None:
+        name = str(frame.get("type"))
         handler = _ARRIVALS.get(name)
         if handler is not None:
             handler(self, frame)
         elif name in self.handlers:
+            wire.check(frame, "broker")
             self._loop.call_soon(self.handlers[name], frame)  # so that its failure is not the reader's
         elif name not in _ASKED_OF_CLIENTS:
-            self._answered(frame, frame.get("_reqId"))
+            self._answered(frame)
 
-    def _welcomed(self, frame: dict[str, Any]) -> None:
+    def _welcomed(self, frame: Json) -> None:
         wire.check(frame, "broker")
         if self.state == "open":
             return
@@ -934,9 +941,14 @@ class MeshClient:
         self._report_start(None)
         self._ack_soon()
 
-    def _answered(self, frame: dict[str, Any], token: Any) -> None:
-        """Give a reply to whoever asked; one that nobody asked for means nothing (SPEC CLIENT-7)."""
-        call = self._calls.pop(token, None) if isinstance(token, str) else None
+    def _call_of(self, frame: Json) -> _Call | None:
+        """The call that `frame` answers, known by its random id and nothing else; it is over (SPEC CLIENT-7)."""
+        tokens = [token for token in (frame.get("_reqId"), frame.get("id")) if isinstance(token, str)]
+        return next((self._calls.pop(token) for token in tokens if token in self._calls), None)
+
+    def _answered(self, frame: Json) -> None:
+        """Give a reply to whoever asked; one that nobody asked for means nothing."""
+        call = self._call_of(frame)
         if call is None or call.future.done():
             return
         try:
@@ -945,22 +957,15 @@ class MeshClient:
         except wire.Refused as error:
             _fail(call.future, MeshError("malformed", f"the broker's answer is malformed: {error.message}", frame))
 
-    def _acknowledged(self, frame: dict[str, Any]) -> None:
-        token = frame.get("_reqId")
-        self._answered(frame, token if token in self._calls else frame.get("id"))
-
-    def _refused(self, frame: dict[str, Any]) -> None:
+    def _refused(self, frame: Json) -> None:
         wire.check(frame, "broker")
-        problem = MeshError(frame["code"], frame["message"], frame)
-        token = frame.get("_reqId") or frame.get("id")
-        if self.state != "open" and not token:
-            self._refusal = problem
-            return
-        call = self._calls.pop(token, None) if isinstance(token, str) else None
+        problem, call = MeshError(frame["code"], frame["message"], frame), self._call_of(frame)
         if call is not None:  # CLIENT-7: exactly the one who caused it
             _fail(call.future, problem)
+        elif self.state != "open" and not (frame.get("_reqId") or frame.get("id")):
+            self._refusal = problem
 
-    def _pushed(self, frame: dict[str, Any]) -> None:
+    def _pushed(self, frame: Json) -> None:
         wire.check(frame, "broker")
         id = frame["messageId"]
         duplicate = id in self._seen
@@ -976,10 +981,10 @@ class MeshClient:
         self.stats["messagesIn"] += 1
         if system and frame.get("event") == "peer_left" and isinstance(frame.get("eventData"), dict):
             for keys in self._sealed_for.values():
-                keys.pop(frame["eventData"].get("pubkey"), None)
+                keys.pop(str(frame["eventData"].get("pubkey")), None)
         self._enqueue(self._read_push(frame))
 
-    def _announced(self, frame: dict[str, Any]) -> None:
+    def _announced(self, frame: Json) -> None:
         wire.check(frame, "broker")
         kind, event, data, by = _ANNOUNCEMENTS[frame["type"]]
         push = Push(kind, self.slug, int(self._clock() * 1000), frame)
@@ -991,7 +996,7 @@ class MeshClient:
         self._queue.append(push)
         self._arrived.set()
 
-    def _read_push(self, frame: dict[str, Any]) -> Push:
+    def _read_push(self, frame: Json) -> Push:
         """Open a push and say, from what was proven and not from what it claims, what it is."""
         sender, subtype = frame["senderPubkey"], frame.get("subtype")
         kind = ("system" if sender == "system" else
@@ -1006,7 +1011,7 @@ class MeshClient:
         push.addressed = _addressed(push)
         return push
 
-    def _open_body(self, frame: dict[str, Any], kind: str) -> tuple[str | None, str]:
+    def _open_body(self, frame: Json, kind: str) -> tuple[str | None, str]:
         """The text and how it was secured: session key, member key, sealed, plain (SPEC CLIENT-14)."""
         sender, nonce, body = frame["senderPubkey"], frame["nonce"], frame["ciphertext"]
         target, sealed = frame.get("target"), frame.get("sealedKey")
@@ -1031,15 +1036,14 @@ class MeshClient:
     def _note_seq(self, id: str, seq: Any, shown: bool) -> None:
         if type(seq) is not int or "client_ack" not in self.capabilities:
             return
-        before = self._seq_of.get(id, seq)
-        if before != seq:  # the broker repeats it under a new number
-            self._unshown.pop(before, None)
+        if self._seq_of.get(id, seq) != seq:  # the broker repeats it under a new number
+            del self._seq_of[id]
         self._last_seq = max(self._last_seq, seq)
         self._delivered_to = min(self._delivered_to, seq - 1)  # CLIENT-16: a repeated one is acknowledged again
         if shown:
             self._shown_to = min(self._shown_to, seq - 1)
         else:
-            self._unshown[seq], self._seq_of[id] = id, seq
+            self._seq_of[id] = seq
         self._ack_soon()
 
     def shown(self, *pushes: Push | str) -> None:
@@ -1052,7 +1056,6 @@ class MeshClient:
                 self._seen[id] = True
             seq = self._seq_of.pop(id, None)
             if seq is not None:  # else the broker will push it again, and hear of it then
-                del self._unshown[seq]
                 self._late.append((seq, id))
         self._ack_soon()
 
@@ -1067,8 +1070,8 @@ class MeshClient:
             return
         # `upTo` as far as every push is covered; the rest, shown out of turn, one by one
         late, self._late = self._late, []
-        shown_to = next(iter(self._unshown), self._last_seq + 1) - 1
-        frames: list[dict[str, Any]] = []
+        shown_to = next(iter(self._seq_of.values()), self._last_seq + 1) - 1
+        frames: list[Json] = []
         if shown_to > self._shown_to:
             frames.append({"upTo": shown_to, "stage": "shown"})
         frames += [{"brokerMessageId": id, "stage": "shown"} for seq, id in late if seq > shown_to]
@@ -1115,7 +1118,7 @@ class MeshClient:
         if self.state == "open":
             self._connection.send(wire.encode({"type": type, "_reqId": self._token(), **fields}))
 
-    async def request(self, type: str, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
+    async def request(self, type: str, timeout: float | None = None, **fields: Any) -> Json:
         """The broker's reply to one message of the protocol (SPEC CLIENT-7).
 
         `timeout` in seconds, by default the message's own. Raises `MeshError` with the broker's code,
@@ -1142,25 +1145,26 @@ class MeshClient:
                 undo()  # it was refused, so it must not come back
             raise
 
-    def _remember(self, frame: dict[str, Any]) -> Callable[[], None] | None:
+    def _remember(self, frame: Json) -> Callable[[], None] | None:
         """Keep what `frame` sets up; how to forget it again, None if it sets up nothing."""
         if frame["type"] not in REMEMBERED:
             return None
         subject, field, effect = REMEMBERED[frame["type"]]
         key = (subject, frame[field] if field else "")
-        before = self._remembered.get(key)
-        self._remembered.pop(key, None)
+        before = self._remembered.pop(key, None)
+        kept = {**before, **frame} if effect == "merge" and before else frame
         if effect != "end":
-            self._remembered[key] = {**before, **frame} if effect == "merge" and before else frame
+            self._remembered[key] = kept
 
         def undo() -> None:
-            self._remembered.pop(key, None)
-            if before is not None:
-                self._remembered[key] = before
+            if self._remembered.get(key, kept) is kept:  # nothing newer was set meanwhile
+                self._remembered.pop(key, None)
+                if before is not None:
+                    self._remembered[key] = before
         return undo
 
     def _replay(self) -> None:
-        for subject in _REPLAY_ORDER:  # CLIENT-6
+        for subject in dict.fromkeys(subject for subject, _, _ in REMEMBERED.values()):  # CLIENT-6
             for key in [key for key in self._remembered if key[0] == subject]:
                 frame = self._remembered[key]
                 call = _Call(dict(frame), self._loop.create_future(), False)
@@ -1171,12 +1175,12 @@ class MeshClient:
                 except wire.UsageError:  # no text for the wire, so nothing to keep
                     del self._remembered[key]
 
-    def _replayed(self, key: tuple[str, str], frame: dict[str, Any], error: BaseException | None) -> None:
+    def _replayed(self, key: tuple[str, str], frame: Json, error: BaseException | None) -> None:
         refused = isinstance(error, MeshError) and error.code != "offline"
         if refused and self._remembered.get(key) is frame:
             del self._remembered[key]  # it would be refused every time
 
-    async def _exchange(self, frame: dict[str, Any], deadline: float, *, repeat: bool = False) -> dict[str, Any]:
+    async def _exchange(self, frame: Json, deadline: float, *, repeat: bool = False) -> Json:
         """Write `frame` and wait for its answer until `deadline` (loop time). Raises `MeshError`."""
         call = _Call(frame, self._loop.create_future(), repeat)
         timer = self._loop.call_at(deadline, self._expire, call)
@@ -1213,7 +1217,7 @@ class MeshClient:
     # ---- sending
 
     async def send(self, to: str, text: str, priority: str = "next", *, timeout: float = SEND_TIMEOUT,
-                   client_message_id: str | None = None) -> dict[str, Any]:
+                   client_message_id: str | None = None) -> Json:
         """Send `text` and return the broker's ack with `encrypted`: whether only the recipients can read it.
 
         `to` is a key (64 hex digits), `@group`, `*` or `@all`; names go through `resolve` first.
@@ -1227,7 +1231,8 @@ class MeshClient:
         if not text.isprintable() and _SURROGATE.search(text):
             raise wire.UsageError("the text is not valid Unicode")
         deadline = asyncio.get_running_loop().time() + timeout
-        await self._until_open(deadline)
+        if self.state != "open":
+            await self._until_open(deadline)
         self.stats["messagesOut"] += 1
         frame = {"type": "send", "targetSpec": target, "priority": priority,
                  "client_message_id": client_message_id or self._random.randbytes(16).hex()}
@@ -1241,10 +1246,11 @@ class MeshClient:
         frame["nonce"], frame["ciphertext"] = wire.plain_body(text)
         return {**await self._exchange(frame, deadline, repeat=True), "encrypted": False}
 
-    async def _send_sealed(self, frame: dict[str, Any], text: str, deadline: float) -> dict[str, Any] | None:
+    async def _send_sealed(self, frame: Json, text: str, deadline: float) -> Json | None:
         """The ack of a sealed multicast, None if a recipient cannot open such a body (SPEC CLIENT-13)."""
         keys = self._sealed_for.setdefault(frame["targetSpec"], {})
-        for tries_left in range(SEAL_RETRIES, -1, -1):
+        tries = 0
+        while True:
             try:
                 nonce, body, sealed = wire.seal_multicast(text, keys, self._secret)
             except wire.UsageError:  # the broker named a key that is none
@@ -1254,33 +1260,32 @@ class MeshClient:
             try:
                 return await self._exchange(attempt, deadline, repeat=True)
             except MeshError as error:
-                if error.code != "sealed_keys_missing" or not tries_left:
+                if error.code != "sealed_keys_missing" or tries == SEAL_RETRIES:
                     raise
                 missing = error.frame.get("missing") or ()
             if not missing or not all(entry["sealable"] for entry in missing):
                 return None
             keys.update((key, None) for entry in missing if (key := wire.hex_key(entry["pubkey"])))
-        raise AssertionError("the last try returns or raises")
+            tries += 1
 
     async def _until_open(self, deadline: float) -> None:
         """Wait for the connection. Raises `MeshError("offline")` at `deadline`: nothing was sent (CLIENT-8)."""
         try:
-            while self.state != "open":
-                if self.state == "closed":
-                    raise self._why_closed()
-                async with asyncio.timeout_at(deadline):
-                    await self._open.wait()
+            async with asyncio.timeout_at(deadline):
+                await self.opened()
         except TimeoutError:
             raise MeshError("offline", f"no connection to {self.slug} in time; nothing was sent") from None
+        if self.state == "closed":
+            raise self._why_closed()
 
     # ---- peers
 
-    async def peers(self) -> list[dict[str, Any]]:
+    async def peers(self) -> list[Json]:
         """The peers in the mesh now, this session included. Raises `MeshError`."""
         self.known = (await self.request("list_peers"))["peers"]
         return self.known
 
-    async def resolve(self, name: str) -> dict[str, Any]:
+    async def resolve(self, name: str) -> Json:
         """The one peer meant by `name`; its `pubkey` is what to send to (SPEC CLIENT-11).
 
         In this order: the same name ignoring case, a part of just one name, the beginning (8 digits or
@@ -1299,40 +1304,34 @@ class MeshClient:
             return {"pubkey": name.lower(), "displayName": name[:8].lower()}
         return self._only(found, name, others)
 
-    def _only(self, found: list[dict[str, Any]], name: str, others: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
-        if len(found) == 1:
-            return found[0]
+    def _only(self, found: list[Json], name: str, others: Iterable[Json] = ()) -> Json:
         candidates = [{"name": peer["displayName"], "key": peer["pubkey"], "mesh": self.slug,
                        "status": peer.get("status")} for peer in found or others]
-        if found:
-            listed = ", ".join(f"{c['name']} ({c['key'][:16]})" for c in candidates)
-            raise NameProblem("ambiguous_name", f"{name!r} is not one peer: {listed}", candidates)
-        listed = ", ".join(c["name"] for c in candidates) or "nobody else"
-        raise NameProblem("unknown_name", f"no peer called {name!r} in {self.slug}; there: {listed}", candidates)
+        there = ", ".join(c["name"] for c in candidates) or "nobody else"
+        return _the_one(found, name, "peer", candidates, f"no peer called {name!r} in {self.slug}; there: {there}")
 
     # ---- what other peers see of this one: remembered and set again after a reconnect
 
-    async def set_status(self, status: str) -> dict[str, Any]:
+    async def set_status(self, status: str) -> Json:
         """`idle`, `working` or `dnd`. These raise what `request` raises, which serves for all the others."""
         return await self.request("set_status", status=status)
 
-    async def set_summary(self, summary: str) -> dict[str, Any]:
+    async def set_summary(self, summary: str) -> Json:
         """The line other peers see beside the name."""
         return await self.request("set_summary", summary=summary)
 
-    async def join_group(self, name: str, role: str | None = None) -> dict[str, Any]:
+    async def join_group(self, name: str, role: str | None = None) -> Json:
         """Join a group, or change the role in it."""
         return await self.request("join_group", name=name, **({"role": role} if role else {}))
 
-    async def leave_group(self, name: str) -> dict[str, Any]:
+    async def leave_group(self, name: str) -> Json:
         """Leave a group."""
         return await self.request("leave_group", name=name)
 
 
 #: What a client must look at before anything is taken for a reply.
-_ARRIVALS: dict[str, Callable[[MeshClient, dict[str, Any]], None]] = {
+_ARRIVALS: dict[str, Callable[[MeshClient, Json], None]] = {
     "hello_ack": MeshClient._welcomed,
-    "ack": MeshClient._acknowledged,
     "error": MeshClient._refused,
     "push": MeshClient._pushed,
     "stream_data": MeshClient._announced,
@@ -1348,13 +1347,13 @@ _ASKED_OF_CLIENTS = frozenset({"mcp_call_forward", "peer_file_request_forward", 
 
 
 def _hello_fields(name: str | None, session_id: str | None, groups: Iterable[Mapping[str, str] | str], inbox: bool,
-                  quiet: bool, now: int) -> dict[str, Any]:
+                  quiet: bool, now: int) -> Json:
     """The fields of hello that stay the same over reconnects (CLIENT-1)."""
     try:
         cwd = os.getcwd()
     except OSError:  # it was removed under us
         cwd = ""
-    fields: dict[str, Any] = {
+    fields: Json = {
         "sessionId": session_id or f"{os.getpid()}-{now}", "pid": os.getpid(), "cwd": cwd,
         "hostname": socket.gethostname(), "peerType": "connector", "channel": "sdk",
         "capabilities": ["client_ack", "session_proof", "sealed_multicast", "target",
@@ -1383,7 +1382,7 @@ def _addressed(push: Push) -> str:
     return "group" if push.target is not None and push.target.startswith("@") else "unknown"
 
 
-def _by_key(peers: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+def _by_key(peers: list[Json], prefix: str) -> list[Json]:
     """The peers whose session key begins with `prefix`, else one entry a member whose key does."""
     if len(prefix) < 8 or not _HEX.fullmatch(prefix):
         return []
@@ -1391,6 +1390,16 @@ def _by_key(peers: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
     members = {key: {**peer, "pubkey": key} for peer in peers
                if (key := peer.get("memberPubkey") or "").startswith(prefix)}
     return found or list(members.values())
+
+
+def _the_one(found: list[Json], name: str, kind: str, candidates: list[Json], nobody: str) -> Json:
+    """The only one in `found`. Raises `NameProblem` with the `candidates`, saying `nobody` if there is none."""
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise NameProblem("unknown_name", nobody, candidates)
+    listed = ", ".join(f"{c['name']} ({c['key'][:KEY_DIGITS]})" for c in candidates)
+    raise NameProblem("ambiguous_name", f"{name!r} is not one {kind}: {listed}; use the key", candidates)
 
 
 def _fail(future: asyncio.Future[Any], error: MeshError) -> None:
@@ -1406,7 +1415,6 @@ def _fail(future: asyncio.Future[Any], error: MeshError) -> None:
 # `eager` tools are loaded by Claude Code from the start, the others by its tool search (MCP-20).
 
 if TYPE_CHECKING:
-    Json = dict[str, Any]
     Note = tuple[str, dict[str, str]]  # text and meta of a channel notification
     Outcome = tuple[bool, str]  # whether a tool did what was asked, and what it says
     Answer = tuple["Link", bool, Any]  # of one mesh: whether it answered, and what, or why not
@@ -1428,7 +1436,7 @@ def _texts(about: str, *choices: str) -> Json:
 def _state_line(args: Json, reply: Json) -> str:
     if not reply.get("updatedAt"):  # MCP-33: the broker says null for both; only the time tells
         return f"{_json(args['key'])} is not set."
-    return "{key!r} = {value!r} (set by {updatedBy}, {updatedAt})".format_map(Fields(reply))
+    return "{key!r} = {value!r} (set by {updatedBy}, {updatedAt})".format_map(Field(reply))
 
 
 MESH_ARGUMENT = _text("Slug or id of the mesh; needed only where several are joined.")
@@ -1501,13 +1509,9 @@ TOOL = {tool.name: tool for tool in TOOLS}
 
 def tool_listing() -> list[Json]:
     """What `tools/list` answers, made of the table alone (MCP-20)."""
-    return [_listed(tool) for tool in TOOLS]
-
-
-def _listed(tool: Tool) -> Json:
-    entry = {"name": tool.name, "description": tool.about, "inputSchema": _schema(tool),
-             "annotations": {"readOnlyHint": tool.scope == READ, "destructiveHint": False}}
-    return entry | ({"_meta": {"anthropic/alwaysLoad": True}} if tool.eager else {})
+    return [{"name": tool.name, "description": tool.about, "inputSchema": _schema(tool),
+             "annotations": {"readOnlyHint": tool.scope == READ, "destructiveHint": False},
+             **({"_meta": {"anthropic/alwaysLoad": True}} if tool.eager else {})} for tool in TOOLS]
 
 
 def _schema(tool: Tool) -> Json:
@@ -1516,7 +1520,7 @@ def _schema(tool: Tool) -> Json:
             "required": [name[:-1] for name in params if name.endswith("!")], "additionalProperties": False}
 
 
-JSON_TYPES: Json = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
+JSON_TYPES = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
 
 
 def check_arguments(schema: Json, args: Json) -> str | None:
@@ -1539,8 +1543,8 @@ def _misfit(name: str, schema: Json, value: object) -> str | None:
         return f"{_json(name)} must be of type {' or '.join(kinds)}."
     if "enum" in schema and value not in schema["enum"]:
         return f"{_json(name)} must be one of {', '.join(schema['enum'])}."
-    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        return f"{_json(name)} must be from {schema['minimum']} to {schema['maximum']}."
+    if isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return f"{_json(name)} must be from {schema.get('minimum', 'any')} to {schema.get('maximum', 'any')}."
     if isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
             return f"{_json(name)} is an empty list."
@@ -1553,14 +1557,9 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-class Fields(dict[str, object]):
-    """A reply as `str.format_map` sees it: `{x}` in words on one line, `{x!r}` as JSON; absent is "none"."""
-
-    def __getitem__(self, key: str) -> Field:
-        return Field(self.get(key))
-
-
 class Field:
+    """A reply, or a part of it, as `str.format_map` sees it: `{x}` in words on one line, `{x!r}` as JSON;
+    absent is "none"."""
     __slots__ = ("value",)
 
     def __init__(self, value: object) -> None:
@@ -1595,10 +1594,10 @@ def render(shape: str | tuple[str, str, str] | Callable[[Json, Json], str], args
     if callable(shape):
         return shape(args, reply)
     if isinstance(shape, str):
-        return shape.format_map(Fields(args | reply))
+        return shape.format_map(Field(args | reply))
     field, line, empty = shape
     items = reply.get(field) or []
-    return "\n".join(line.format_map(Fields(item if isinstance(item, dict) else {"item": item}))
+    return "\n".join(line.format_map(Field(item if isinstance(item, dict) else {"item": item}))
                      for item in items) or empty
 
 
@@ -1619,7 +1618,6 @@ WHEREABOUTS = {  # by the state that is least far (MCP-32)
     "expired": "For {n} of {all} it expired before it could be delivered.",
     "shown": "It was read by {n} of {all}.",
 }
-OLD_STATES = {"held": "queued", "disconnected": "queued"}  # a broker that reports no `state`
 NO_MESH = "No mesh is joined. Run `claudemesh join <invite link>` in a terminal, then call this tool again."
 
 
@@ -1631,9 +1629,8 @@ class Identity:
         self.follow(config)
         # MCP-11: only a session that can be resumed has keys that are kept under its id.
         self.session_id = env.get("CLAUDEMESH_SESSION_ID") or env.get("CLAUDE_CODE_SESSION_ID")
-        extras = {"sessionId": self.session_id or os.urandom(16).hex(), "pid": os.getpid(),
-                  "cwd": env.get("CLAUDE_PROJECT_DIR") or os.getcwd(), "peerType": "ai", "channel": "claude-code",
-                  "model": env.get("CLAUDE_MODEL")}
+        extras = {"sessionId": self.session_id or os.urandom(16).hex(), "pid": os.getpid(), "peerType": "ai",
+                  "channel": "claude-code", "cwd": env.get("CLAUDE_PROJECT_DIR"), "model": env.get("CLAUDE_MODEL")}
         self.hello = {key: value for key, value in extras.items() if value}
 
     def follow(self, config: Json) -> None:
@@ -1684,15 +1681,6 @@ def _read_config() -> tuple[Json | None, str | None]:
         return load_config(), None
     except Exception as error:
         return None, f"The configuration cannot be used: {error}"
-
-
-def _config_stamp() -> object:
-    """Changes whenever the configuration file does."""
-    try:
-        found = os.stat(config_dir() / "config.json")
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Link:
@@ -1775,7 +1763,6 @@ class Session:
         self.notify, self.identity = notify, identity
         self.links: dict[str, Link] = {}
         self.trouble: str | None = None
-        self.stamp: object = "never read"
         self.unread = Unread()
         self.partings: set[asyncio.Task[Any]] = set()
         self.initialized = False
@@ -1785,17 +1772,14 @@ class Session:
 
     def refresh(self) -> None:
         """Follows the configuration file: connects to meshes joined, leaves those removed (MCP-12)."""
-        stamp = _config_stamp()
-        if stamp == self.stamp:
-            return
-        self.stamp = stamp
         config, self.trouble = _read_config()
         if config is None:
             return  # what is connected stays
         self.identity.follow(config)
         wanted = {entry["meshId"]: entry for entry in config["meshes"]}
         for mesh_id, link in list(self.links.items()):
-            if wanted.get(mesh_id) != link.membership:
+            entry = wanted.get(mesh_id, {})
+            if any(entry.get(name) != link.membership[name] for name in _MEMBERSHIP):
                 del self.links[mesh_id]
                 parting = asyncio.ensure_future(self._unlink(link))
                 self.partings.add(parting)  # or the loop may forget it half done
@@ -1832,7 +1816,7 @@ class Session:
         if not self.links:
             raise MeshError("no_mesh", self.trouble or NO_MESH)
         if name:
-            found = [link for link in self.links.values() if name in (link.slug, link.mesh_id)]
+            found = self._named(name)
             if not found:
                 raise MeshError("unknown_mesh", f"No mesh {_json(name)} is joined; there are: {slugs}. "
                                                 f"{self.trouble or ''}".strip())
@@ -1840,6 +1824,9 @@ class Session:
         if scope == WRITE and len(self.links) > 1:
             raise MeshError("mesh_needed", f"Several meshes are joined ({slugs}): name one with `mesh`.")
         return list(self.links.values())
+
+    def _named(self, mesh: str) -> list[Link]:
+        return [link for link in self.links.values() if mesh in (link.slug, link.mesh_id)]
 
     # Calls
 
@@ -1903,18 +1890,18 @@ class Session:
         targets = [args["to"]] if isinstance(args["to"], str) else args["to"]
         self.pick(args, READ)  # no mesh, or an unknown one: one sentence instead of one for each target
         addresses = await asyncio.gather(*(self.address(target, args) for target in targets), return_exceptions=True)
-        first: dict[tuple[Any, str], str] = {}
+        first: dict[object, tuple[str, Any]] = {}
         for target, address in zip(targets, addresses, strict=True):
-            key = (target, explain(address)) if isinstance(address, BaseException) else address
-            first.setdefault(key, target)  # MCP-30: what resolves to the same recipient is sent once
-        outcomes = await asyncio.gather(*(self._send_one(target, address, args) for address, target in first.items()))
+            # MCP-30: what resolves to the same recipient is sent once
+            first.setdefault(target if isinstance(address, BaseException) else address, (target, address))
+        outcomes = await asyncio.gather(*(self._send_one(*each, args) for each in first.values()))
         return all(ok for ok, _ in outcomes), "\n".join(line for _, line in outcomes)
 
-    async def _send_one(self, target: str, address: tuple[Any, str], args: Json) -> Outcome:
-        link, spec = address
-        if not isinstance(link, Link):  # (target, why it could not be resolved)
-            return False, f"FAILED {label(target)}: {spec}"
+    async def _send_one(self, target: str, address: tuple[Link, str] | BaseException, args: Json) -> Outcome:
         try:
+            if isinstance(address, BaseException):
+                raise address
+            link, spec = address
             ack = await link.client.send(spec, args["message"], args.get("priority", "next"))
         except Exception as error:
             return False, f"FAILED {label(target)}: {explain(error)}"
@@ -1922,7 +1909,10 @@ class Session:
 
     async def address(self, target: str, args: Json) -> tuple[Link, str]:
         """The mesh and the wire target that `target` means (MCP-31). Raises `MeshError`, never guesses."""
-        links, name = self._split(target, args)
+        prefix, _, rest = target.partition(":")
+        links, name = (self._named(prefix), rest) if rest else ([], "")
+        if not links:
+            links, name = self.pick(args, READ), target
         key = wire.hex_key(name)
         if len(links) == 1 and (key or name.startswith("@") or name == "*"):
             return links[0], key or name  # perhaps somebody who is away: the broker knows
@@ -1930,14 +1920,6 @@ class Session:
             ways = ", ".join(f"{link.slug}:{name}" for link in links)
             raise MeshError("mesh_needed", f"Several meshes are joined, say which one: {ways}.")
         return await self._resolve(links, key or name)
-
-    def _split(self, target: str, args: Json) -> tuple[list[Link], str]:
-        prefix, colon, rest = target.partition(":")
-        if colon and rest:
-            named = [link for link in self.links.values() if prefix in (link.slug, link.mesh_id)]
-            if named:
-                return named, rest
-        return self.pick(args, READ), target
 
     async def _resolve(self, links: list[Link], name: str) -> tuple[Link, str]:
         found: list[tuple[Link, str, str]] = []  # (mesh, name, key)
@@ -2104,7 +2086,7 @@ def in_group(peer: Json, group: str) -> bool:
 
 
 def peer_line(peer: Json, own_key: str) -> str:
-    """One bullet of list_peers (MCP-34). The 16 digits of the key are enough to address the peer."""
+    """One bullet of list_peers (MCP-34)."""
     profile, summary = peer.get("profile") or {}, peer.get("summary")
     name = f"**{label(peer['displayName'])}**" + (f" ({label(profile['title'])})" if profile.get("title") else "")
     tags = [peer["status"], peer["pubkey"] == own_key and "you", peer.get("visible") is False and "hidden",
@@ -2112,27 +2094,30 @@ def peer_line(peer: Json, own_key: str) -> str:
     kind = "/".join(label(peer[key]) for key in ("peerType", "channel", "model") if peer.get(key))
     place = ":".join(filter(None, (peer.get("hostname"), peer.get("cwd"))))
     parts = ["-", label(profile.get("avatar") or ""), name, f"[{', '.join(filter(None, tags))}]",
-             kind and f"{{{kind}}}", f"key {peer['pubkey'][:16]}", label(place, 200),
+             kind and f"{{{kind}}}", f"key {peer['pubkey'][:KEY_DIGITS]}", label(place, 200),
              summary and f'"{label(summary, 500)}"']
     return " ".join(filter(None, parts))
 
 
 def stats_row(peer: Json) -> str:
     stats = peer.get("stats") or {}
-    minutes = stats["uptime"] // 60 if "uptime" in stats else "-"
-    cells = [stats.get(key, "-") for key in ("messagesIn", "messagesOut", "toolCalls")]
-    return "| " + " | ".join(map(str, [label(peer["displayName"]).replace("|", "/"), *cells, minutes,
-                                       stats.get("errors", "-")])) + " |"
+    minutes = {"minutes": stats["uptime"] // 60} if "uptime" in stats else {}
+    cells = [(stats | minutes).get(key, "-") for key in ("messagesIn", "messagesOut", "toolCalls", "minutes", "errors")]
+    return f"| {' | '.join(map(str, [label(peer['displayName']).replace('|', '/'), *cells]))} |"
+
+
+def recipient_state(row: Json) -> str:
+    """How far a message has come to one recipient, from message_status; a stock broker knows no `state`."""
+    return row.get("state") or ("delivered" if row["status"] == "delivered" else "queued")
 
 
 def status_text(slug: str, reply: Json) -> str:
     """message_status: one sentence saying where the message is, then a line for each recipient (MCP-32)."""
-    rows = [(r, r.get("state") or OLD_STATES.get(r["status"], r["status"])) for r in reply["recipients"]]
-    states = [state for _, state in rows]
+    states = [recipient_state(row) for row in reply["recipients"]]
     least = next((state for state in WHEREABOUTS if state in states), None)
     where = WHEREABOUTS[least].format(n=states.count(least), all=len(states)) if least else "It has no recipients."
-    lines = [f"- {label(r['name'])} (key {r['pubkey'][:16]}): {state}" + (f" at {r['at']}" if r.get("at") else "")
-             for r, state in rows]
+    lines = [f"- {label(row['name'])} (key {row['pubkey'][:KEY_DIGITS]}): {state}"
+             + (f" at {row['at']}" if row.get("at") else "") for row, state in zip(reply["recipients"], states)]
     return "\n".join([f"{reply['messageId']} to {label(reply['targetSpec'])} on {slug}. {where}", *lines])
 
 
@@ -2147,15 +2132,11 @@ def entry_text(entry: Entry) -> str:
 # A channel notification is a text and a flat meta of strings. Everything in the meta is computed here
 # from what was verified, never taken from the text; everything a peer wrote is made harmless first.
 
-MODES = {
-    "push": "messages appear by themselves",
-    "inbox": "you are told that something came; check_messages shows it",
-    "off": "nothing appears by itself; check_messages shows what came",
-}
 ADDRESSED = {"direct": "to you", "group": "to {target}", "broadcast": "to everyone", "unknown": ""}
 VERIFIED = ("session", "member", "sealed")  # openings that prove the sender's key; a plain body is the broker's word
 MAX_NAMED = 20  # peers that the welcome names
 MAX_NOTE, MAX_EVENT_DATA = 20_000, 4000  # characters that a peer may put into the model's context unasked
+ESCAPES = {'"': r"\u0022", "\\": r"\\", "n": r"\n", "t": r"\t"}  # in JSON: what a backslash may stand before
 UNREADABLE = "(This message cannot be read here: it was encrypted for another key.)"
 
 EVENTS = {  # by event of a system push; the fields are those of `event_fields`
@@ -2172,8 +2153,9 @@ EVENTS = {  # by event of a system push; the fields are those of `event_fields`
     "mcp_scope_changed": '[SERVICE] "{name}" is now for {scope!r}, changed by {by}',
 }
 
-#: Controls, line separators, changes of writing direction, half characters: nothing a text needs.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+#: Controls, line separators, marks and changes of writing direction, half characters: what a model does not
+#: need, and a terminal would obey instead of showing.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 TAGS = re.compile(r"<(?=\s*/?\s*(?:channel|system-reminder)\b)", re.IGNORECASE)
 
 
@@ -2245,7 +2227,7 @@ def system_note(link: Link, push: Push) -> Note:
     data = meta_json(push.data)
     if len(data) <= MAX_EVENT_DATA:
         meta["eventData"] = data
-    return template.format_map(Fields(event_fields(push))), meta
+    return template.format_map(Field(event_fields(push))), meta
 
 
 def event_fields(push: Push) -> Json:
@@ -2276,14 +2258,9 @@ def ago(then: str | None, now: int) -> str:
 
 def meta_json(value: object) -> str:
     """`value` as JSON for a meta value: a peer's quotes and angle brackets appear as \\u escapes only (MCP-47)."""
-    def guard(item: object) -> object:
-        if isinstance(item, dict):
-            return {guard(key): guard(inner) for key, inner in item.items()}
-        if isinstance(item, list):
-            return [guard(inner) for inner in item]
-        return CONTROLS.sub("", item) if isinstance(item, str) else item
-    text = _json(guard(value)).replace("<", "\\u003c")
-    return re.sub(r"\\.", lambda escape: "\\u0022" if escape[0] == '\\"' else escape[0], text)
+    text = CONTROLS.sub("", _json(value))
+    # Escapes are kept or changed by the table; any other stands for a control.
+    return re.sub(r"\\(u00..|.)", lambda escape: ESCAPES.get(escape[1], ""), text).replace("<", "\\u003c")
 
 
 def state_note(link: Link, push: Push) -> Note:
@@ -2328,7 +2305,8 @@ def closed_note(link: Link, error: MeshError) -> Note:
 # data alone, so the host never waits for imports; the writer owns stdout; the watchdog ends the
 # process in time whatever the others are stuck in.
 
-SERVER_INFO = {"name": "claudemesh", "version": "1.0.0"}
+VERSION = "0.1.0"  #: as in pyproject.toml
+SERVER_INFO = {"name": "claudemesh", "version": VERSION}
 PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 CAPABILITIES: Json = {"tools": {}, "experimental": {"claude/channel": {}}}
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS = -32700, -32600, -32601, -32602
@@ -2338,29 +2316,15 @@ MAX_OUTPUT = 64 << 20    # bytes waiting on stdout beyond which the host counts 
 LEAVE_BUDGET = 0.08      # seconds from a signal or the end of stdin to the end of the process (MCP-8)
 
 
-class Lines:
-    """Cuts a byte stream into lines; one longer than `MAX_LINE` comes out as None (MCP-6)."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.size = 0
-
-    def feed(self, data: bytes) -> list[bytes | None]:
-        lines = []
-        *ends, rest = data.split(b"\n")
-        for piece in ends:
-            self._add(piece)
-            lines.append(b"".join(self.parts) if self.size <= MAX_LINE else None)
-            self.parts, self.size = [], 0
-        self._add(rest)
-        return lines
-
-    def _add(self, piece: bytes) -> None:
-        self.size += len(piece)
-        if self.size > MAX_LINE:
-            self.parts.clear()
-        else:
-            self.parts.append(piece)
+def read_lines(source: IO[bytes]) -> Iterator[bytes | None]:
+    """The complete lines of a stream; None for one longer than `MAX_LINE`, which is never held (MCP-6)."""
+    whole = True
+    while piece := source.readline(MAX_LINE + 1):
+        if not piece.endswith(b"\n"):  # too long, or the end
+            whole = False
+            continue
+        yield piece if whole else None
+        whole = True
 
 
 class StdioServer:
@@ -2428,11 +2392,9 @@ class StdioServer:
             os._exit(self.code)
 
     def _read(self) -> None:
-        lines = Lines()
         try:
-            while data := os.read(self.source, 65536):
-                for line in lines.feed(data):
-                    self.take(line)
+            for line in read_lines(open(self.source, "rb", 65536)):
+                self.take(line)
         except OSError:
             pass
         except BaseException as error:
@@ -2614,11 +2576,14 @@ def take_stdio() -> tuple[int, int]:
 
 
 def log(text: str) -> None:
-    """One line for the person who reads the host's log."""
-    print("claudemesh mcp:", CONTROLS.sub(" ", text), file=sys.stderr, flush=True)
+    """One line for the person who reads the host's log, if there is one."""
+    try:
+        print("claudemesh mcp:", CONTROLS.sub(" ", text), file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
-def run_mcp(argv: list[str]) -> int:
+def run_mcp(args: object = None) -> int:
     """`claudemesh mcp`: the MCP server of one AI session on stdin and stdout. Does not return before the
     host is gone; nothing heavy is imported before `initialize` is answered."""
     source, sink = take_stdio()
@@ -2630,8 +2595,8 @@ def run_mcp(argv: list[str]) -> int:
 
 # --- 9. Commands ----------------------------------------------------------------------------------
 # One function a command, in the order of `COMMANDS` (section 11), which declares their arguments. A
-# command prints to stdout only what was asked for and returns its exit code; whatever goes wrong is
-# raised, and becomes one line on stderr in `main`. Commands that talk to a broker are coroutines.
+# command prints to stdout only what was asked for and returns its exit code, None for 0; whatever goes
+# wrong is raised, and becomes one line on stderr in `main`. Commands that talk to a broker are coroutines.
 
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXITS = {  # CLI-1
@@ -2641,28 +2606,26 @@ EXITS = {  # CLI-1
     EXIT_INTERRUPTED: "interrupted (Ctrl-C)",
 }
 LOCAL_SLUG, LOCAL_PORT = "local", 7900  #: the mesh and the broker's port of a plain `claudemesh up`
-LOCAL_BROKER = f"ws://127.0.0.1:{LOCAL_PORT}/ws"
+LOCAL_URL = "ws://127.0.0.1:{}/ws"  #: of a broker on this machine, by its port
+LOCAL_BROKER = LOCAL_URL.format(LOCAL_PORT)
+NEXT_STEP = "claude mcp add --scope user claudemesh -- claudemesh mcp   # connects Claude Code"
 STATUS_LIMIT_S = 4.0  #: `status`: how long one mesh may take to answer
 HEALTH_LIMIT_S = 2.0  #: how long a broker on this machine may take to answer /health
 BROKER_START_S = 15.0  #: `up`: how long a new broker may take until it answers
 BROKER_STOP_S = 10.0  #: `down`: how long a broker may take to end before it is killed
 POLL_S = 0.02  #: how often `up` and `down` look again; a process that is no child gives no signal
 STATUS_EVERY_S = 0.25  #: `send --wait`: how often message_status is asked
-KEY_DIGITS = 16  #: how much of a key is shown: enough to address it
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}  #: of a duration, in seconds
 SETTLED = ("delivered", "shown", "expired")  #: states in which nothing more happens by itself
 GREEN, YELLOW, RED, DIM = 32, 33, 31, 2  #: ANSI colours
 COLOURS = {"ok": GREEN, "idle": GREEN, "working": YELLOW, "dnd": RED,
            "delivered": GREEN, "shown": GREEN, "expired": RED}
 
-# What a terminal would obey instead of showing: controls, line and direction marks; and lone surrogates.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
 
 def _shown(text: object, *, lines: bool = False) -> str:
     """What a peer wrote, harmless for a terminal: whatever it would obey is escaped, and so are line
     breaks unless `lines` (CLI-6)."""
-    safe = _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+    safe = CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
     return safe if lines else safe.replace("\n", "\\n").replace("\t", " ")
 
 
@@ -2672,14 +2635,13 @@ def _paint(text: str, colour: int) -> str:
     return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def _print_json(value: object, indent: int | None = 2) -> int:
+def _print_json(value: object, indent: int | None = 2) -> None:
     print(json.dumps(value, indent=indent, ensure_ascii=sys.stdout.isatty()))  # CLI-6
-    return EXIT_DONE
 
 
-def _print_rows(rows: Iterable[tuple[str, ...]]) -> None:
-    """Rows of equally many cells in aligned columns; a state or status is shown in its colour."""
-    rows = list(rows)
+def _print_rows(rows: Iterable[Iterable[object]]) -> None:
+    """Rows of equally many cells in aligned columns, harmless; a state or status is shown in its colour."""
+    rows = [[_shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [_paint(cell, COLOURS[cell]) + " " * (width - len(cell)) if cell in COLOURS else cell.ljust(width)
@@ -2687,7 +2649,16 @@ def _print_rows(rows: Iterable[tuple[str, ...]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+def _print_table(args: argparse.Namespace, records: list[Json],
+                 columns: dict[str, str | Callable[[Json], object]]) -> None:
+    """One record a row below the titles of `columns`, each a field or made of the record; or all as JSON."""
+    if args.json:
+        return _print_json(records)
+    return _print_rows([columns, *([make(record) if callable(make) else record[make] for make in columns.values()]
+                                   for record in records)])
+
+
+def _without(record: Json, *keys: str) -> Json:
     return {key: value for key, value in record.items() if key not in keys}
 
 
@@ -2703,15 +2674,9 @@ def _local_time(when: str | int | None) -> str:
         return _shown(when)
 
 
-def _membership(args: argparse.Namespace) -> dict[str, Any]:
+def _membership(args: argparse.Namespace) -> Json:
     """The mesh meant by `--mesh`, or the only one. Raises `UsageError` (CLI-3)."""
-    config = load_config()
-    if not config["meshes"]:
-        raise _usage("no mesh joined yet: `claudemesh up` starts one here, `claudemesh join LINK` joins one")
-    if args.mesh is None and len(config["meshes"]) > 1:
-        slugs = ", ".join(entry["slug"] for entry in config["meshes"])
-        raise _usage(f"several meshes are joined, choose one with --mesh: {slugs}")
-    return find_mesh(config, args.mesh)
+    return find_mesh(load_config(), args.mesh, "choose one with --mesh")
 
 
 def _quiet(args: argparse.Namespace, **options: Any) -> MeshClient:
@@ -2723,8 +2688,7 @@ def _member_name(args: argparse.Namespace) -> str:
     """What this machine's member is to be called: `--name`, else what is configured, else the host's name."""
     if args.name is not None and not args.name.strip():
         raise _usage("--name is empty")
-    configured = os.environ.get("CLAUDEMESH_DISPLAY_NAME") or load_config().get("displayName")
-    return args.name or configured or socket.gethostname()
+    return args.name or display_name(load_config(), socket.gethostname())
 
 
 def _keep_name(args: argparse.Namespace) -> None:
@@ -2761,9 +2725,9 @@ _duration = _typed(r"[1-9]\d{0,6}[smhdw]", 10 * 365 * 86400, "a time (90s, 30m, 
 
 # Start and stop
 
-def _do_up(args: argparse.Namespace) -> int:
+def _do_up(args: argparse.Namespace) -> None:
     """A broker, a mesh and a membership on this machine; what exists already is left as it is (CLI-10)."""
-    url, data, slug = f"ws://127.0.0.1:{args.port}/ws", _data_directory(args), require_slug(args.slug)
+    url, data, slug = LOCAL_URL.format(args.port), _data_directory(args), require_slug(args.slug)
     entry = next((mesh for mesh in load_config()["meshes"] if mesh["slug"] == slug), None)
     if entry is not None and entry["brokerUrl"] != url:
         raise _usage(f"{slug} is a mesh on {entry['brokerUrl']}; choose another name: claudemesh up NAME")
@@ -2773,10 +2737,11 @@ def _do_up(args: argparse.Namespace) -> int:
     how = "already joined"
     if entry is None:
         entry, how = _enter(slug, url, args)
-    asyncio.run(_knock(entry))
+    reason = asyncio.run(_unreachable(entry))
+    if reason:
+        raise MeshError("offline", f"{slug}: {reason}")
     print(f"mesh    {slug}  {how}")
-    print("next    claude mcp add --scope user claudemesh -- claudemesh mcp   # connects Claude Code")
-    return EXIT_DONE
+    print(f"next    {NEXT_STEP}")
 
 
 def _data_directory(args: argparse.Namespace) -> Path:
@@ -2795,9 +2760,7 @@ def _ensure_broker(url: str, port: int, data: Path) -> int | None:
 
     Raises `UsageError` if the data are in use elsewhere, `MeshError` if it does not start.
     """
-    lock = _Lock(data)
-    lock.path = data / "broker.lock"  # a mesh could be called "lock"
-    with lock:  # two `up` at once start one broker
+    with _Lock(data / "broker.lock"):  # two `up` at once start one broker
         if _healthy(url):
             return None
         if _taken(port):
@@ -2806,7 +2769,9 @@ def _ensure_broker(url: str, port: int, data: Path) -> int | None:
         if pid is not None:
             raise _usage(f"a broker with these data runs on {_shown(elsewhere)}: claudemesh down, or another --data")
         child = _spawn_broker(port, data)
-        _note_broker(child.pid, url, data)
+        _write_json(data / "broker.json", {  # CLI-12: what `down` needs to know the process again
+            "pid": child.pid, "url": url, "startedAt": wire.iso(int(time.time() * 1000)),
+            "process": _process(child.pid)})
         deadline = time.monotonic() + BROKER_START_S
         while not _healthy(url):
             if child.poll() is not None or time.monotonic() > deadline:
@@ -2835,12 +2800,6 @@ def _spawn_broker(port: int, data: Path) -> subprocess.Popen[bytes]:
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     finally:
         os.close(log)
-
-
-def _note_broker(pid: int, url: str, data: Path) -> None:
-    """Keep what `down` needs to know the process again (CLI-12)."""
-    write_private(data / "broker.json", _to_json({
-        "pid": pid, "url": url, "startedAt": wire.iso(int(time.time() * 1000)), "process": _process(pid)}))
 
 
 def _healthy(url: str) -> bool:
@@ -2873,7 +2832,7 @@ def _last_line(path: Path) -> str:
     return _shown(next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing"))
 
 
-def _enter(slug: str, url: str, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _enter(slug: str, url: str, args: argparse.Namespace) -> tuple[Json, str]:
     """A membership of this machine in a mesh on its own broker, and how it came about."""
     name = _member_name(args)
     if owner_file(slug).exists():  # made here, then left: its owner can always come back
@@ -2882,15 +2841,6 @@ def _enter(slug: str, url: str, args: argparse.Namespace) -> tuple[dict[str, Any
         entry = create_mesh(slug, slug, url, display_name=name)
     _keep_name(args)
     return entry, f"joined as {_shown(name)}"
-
-
-async def _knock(membership: dict[str, Any]) -> None:
-    """Whether the broker takes this member. Raises `MeshError`."""
-    try:
-        async with MeshClient(membership, quiet=True):
-            pass
-    except MeshError as error:
-        raise MeshError(error.code, f"{membership['slug']}: {error.message}") from None
 
 
 def _noted_broker(data: Path) -> tuple[int | None, str, str]:
@@ -2903,7 +2853,7 @@ def _noted_broker(data: Path) -> tuple[int | None, str, str]:
     return pid, process, str(record.get("url"))
 
 
-def _do_down(args: argparse.Namespace) -> int:
+def _do_down(args: argparse.Namespace) -> None:
     """Stop the broker that `up` started, and nothing else (CLI-12)."""
     data, began = _data_directory(args), time.monotonic()
     pid, process, url = _noted_broker(data)
@@ -2913,7 +2863,6 @@ def _do_down(args: argparse.Namespace) -> int:
         how = "stopped" if _end_process(pid, process) else "killed"
         print(f"broker  {_shown(url)}  {how} (process {pid}) after {time.monotonic() - began:.1f} s")
     (data / "broker.json").unlink(missing_ok=True)
-    return EXIT_DONE
 
 
 def _end_process(pid: int, process: str) -> bool:
@@ -2936,7 +2885,7 @@ def _do_broker(words: list[str]) -> int:
 
 # Meshes and their members
 
-def _do_create(args: argparse.Namespace) -> int:
+def _do_create(args: argparse.Namespace) -> None:
     """A new mesh; this machine keeps the owner's keys and is its first admin."""
     url = args.broker or os.environ.get("CLAUDEMESH_BROKER_URL") or LOCAL_BROKER
     entry = create_mesh(require_slug(args.slug), args.slug, url, display_name=_member_name(args),
@@ -2947,40 +2896,36 @@ def _do_create(args: argparse.Namespace) -> int:
     print(f"created {args.slug} on {entry['brokerUrl']}; this machine is its admin")
     print(f"the owner's keys are in {owner_file(args.slug)}: keep a copy, there is no other")
     print(f"next: claudemesh invite --mesh {args.slug}")
-    return EXIT_DONE
 
 
-def _do_join(args: argparse.Namespace) -> int:
+def _do_join(args: argparse.Namespace) -> None:
     entry = join_mesh(args.link, _member_name(args))
     _keep_name(args)
     if args.json:
         return _print_json(_without(entry, "secretKey"))
     print(f"{'already a member of' if entry['alreadyMember'] else 'joined'} {entry['slug']} on {entry['brokerUrl']}")
     print(f"member {entry['memberId']}, key {entry['pubkey'][:KEY_DIGITS]}, kept in {config_dir() / 'config.json'}")
-    print("next: claude mcp add --scope user claudemesh -- claudemesh mcp   # connects Claude Code")
-    return EXIT_DONE
+    print(f"next: {NEXT_STEP}")
 
 
-def _do_leave(args: argparse.Namespace) -> int:
+def _do_leave(args: argparse.Namespace) -> None:
     left = leave_mesh(args.slug)
     owner = f"; {owner_file(args.slug)} is kept" if owner_file(args.slug).exists() else ""
     print(f"left {args.slug}; meshes still joined: {left}{owner}")
-    return EXIT_DONE
 
 
-def _do_list(args: argparse.Namespace) -> int:
+def _do_list(args: argparse.Namespace) -> None:
     meshes = load_config()["meshes"]
     if args.json:
         return _print_json([{**_without(entry, "secretKey"), "owner": owner_file(entry["slug"]).exists()}
                             for entry in meshes])
-    _print_rows((entry["slug"], _shown(entry["brokerUrl"]), f"key {entry['pubkey'][:KEY_DIGITS]}",
+    _print_rows((entry["slug"], entry["brokerUrl"], f"key {entry['pubkey'][:KEY_DIGITS]}",
                  f"joined {_local_time(entry.get('joinedAt'))}", "owner" if owner_file(entry["slug"]).exists() else "")
                 for entry in meshes)
     print(f"{'' if meshes else 'no mesh joined yet; '}configuration: {config_dir() / 'config.json'}")
-    return EXIT_DONE
 
 
-def _do_invite(args: argparse.Namespace) -> int:
+def _do_invite(args: argparse.Namespace) -> None:
     """A link for somebody else, alone on stdout so that it can be piped."""
     entry = _membership(args)
     link = make_invite(entry["slug"], role=args.role, expires_s=args.expires, max_uses=args.uses)
@@ -2990,22 +2935,17 @@ def _do_invite(args: argparse.Namespace) -> int:
     print(link)
     if sys.stdout.isatty() and re.match(r"wss?://(127\.|localhost\b|\[::1\])", entry["brokerUrl"]):
         print(_paint("(for this machine only: its broker listens on the loopback address)", DIM))
-    return EXIT_DONE
 
 
-def _do_invite_list(args: argparse.Namespace) -> int:
+def _do_invite_list(args: argparse.Namespace) -> None:
     invites = _checked(list_invites(_membership(args)["slug"]),
                        id=str, role=str, usedCount=int, maxUses=int, expiresAt=int)
-    if args.json:
-        return _print_json(invites)
-    rows = [("ID", "ROLE", "USES", "STATE", "EXPIRES")]
-    rows += [(_shown(invite["id"]), _shown(invite["role"]), f"{invite['usedCount']}/{invite['maxUses']}",
-              _invite_state(invite), _local_time(invite["expiresAt"])) for invite in invites]
-    _print_rows(rows)
-    return EXIT_DONE
+    _print_table(args, invites, {
+        "ID": "id", "ROLE": "role", "USES": lambda invite: f"{invite['usedCount']}/{invite['maxUses']}",
+        "STATE": _invite_state, "EXPIRES": lambda invite: _local_time(invite["expiresAt"])})
 
 
-def _invite_state(invite: dict[str, Any]) -> str:
+def _invite_state(invite: Json) -> str:
     if invite.get("revokedAt"):
         return "revoked"
     if invite["usedCount"] >= invite["maxUses"]:
@@ -3013,18 +2953,17 @@ def _invite_state(invite: dict[str, Any]) -> str:
     return "expired" if invite["expiresAt"] <= time.time() * 1000 else "open"
 
 
-def _do_invite_revoke(args: argparse.Namespace) -> int:
+def _do_invite_revoke(args: argparse.Namespace) -> None:
     revoke_invite(_membership(args)["slug"], args.id)
     print(f"invite {args.id} admits nobody any more")
-    return EXIT_DONE
 
 
-def _members(slug: str) -> list[dict[str, Any]]:
+def _members(slug: str) -> list[Json]:
     return _checked(list_members(slug),
                     id=str, pubkey=str, displayName=str, permission=str, online=bool, sessionCount=int)
 
 
-def _checked(rows: Any, **fields: type) -> list[dict[str, Any]]:
+def _checked(rows: Any, **fields: type) -> list[Json]:
     """A list in a broker's answer, if it has what is used of it. Raises `MeshError`."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get(name), kind)
                                              for row in rows for name, kind in fields.items()):
@@ -3032,19 +2971,14 @@ def _checked(rows: Any, **fields: type) -> list[dict[str, Any]]:
     return rows
 
 
-def _do_members(args: argparse.Namespace) -> int:
-    members = _members(_membership(args)["slug"])
-    if args.json:
-        return _print_json(members)
-    rows = [("NAME", "ROLE", "KEY", "SESSIONS", "LAST SEEN", "ID")]
-    rows += [(_shown(member["displayName"]), _shown(member["permission"]), member["pubkey"][:KEY_DIGITS],
-              str(member["sessionCount"]), "now" if member["online"] else _local_time(member.get("lastSeenAt")),
-              _shown(member["id"])) for member in members]
-    _print_rows(rows)
-    return EXIT_DONE
+def _do_members(args: argparse.Namespace) -> None:
+    _print_table(args, _members(_membership(args)["slug"]), {
+        "NAME": "displayName", "ROLE": "permission", "KEY": lambda member: member["pubkey"][:KEY_DIGITS],
+        "SESSIONS": "sessionCount",
+        "LAST SEEN": lambda member: "now" if member["online"] else _local_time(member.get("lastSeenAt")), "ID": "id"})
 
 
-def _do_revoke(args: argparse.Namespace) -> int:
+def _do_revoke(args: argparse.Namespace) -> int | None:
     slug = _membership(args)["slug"]
     member = _one_member(_members(slug), args.member, slug)
     name = f"{_shown(member['displayName'])} ({member['pubkey'][:KEY_DIGITS]})"
@@ -3053,29 +2987,23 @@ def _do_revoke(args: argparse.Namespace) -> int:
         return EXIT_REFUSED
     revoke_member(slug, member["id"])
     print(f"{name} is no member of {slug} any more")
-    return EXIT_DONE
 
 
-def _one_member(members: list[dict[str, Any]], wanted: str, slug: str) -> dict[str, Any]:
+def _one_member(members: list[Json], wanted: str, slug: str) -> Json:
     """The member with that id, name (ignoring case) or key (8 digits or more). Raises `NameProblem`."""
     key = wanted.lower()
     tests = (lambda member: member["id"] == wanted,
              lambda member: member["displayName"].casefold() == wanted.casefold(),
              lambda member: len(key) >= 8 and member["pubkey"].startswith(key))
     found = next((hits for fits in tests if (hits := [member for member in members if fits(member)])), [])
-    if len(found) == 1:
-        return found[0]
     candidates = [{"name": member["displayName"], "key": member["pubkey"], "mesh": slug,
                    "status": "online" if member["online"] else "away"} for member in found or members]
-    if found:
-        listed = ", ".join(f"{c['name']} ({c['key'][:KEY_DIGITS]})" for c in candidates)
-        raise NameProblem("ambiguous_name", f"{wanted!r} is not one member: {listed}; use the key", candidates)
-    raise NameProblem("unknown_name", f"no member called {wanted!r} in {slug}", candidates)
+    return _the_one(found, wanted, "member", candidates, f"no member called {wanted!r} in {slug}")
 
 
 # Talking
 
-async def _do_peers(args: argparse.Namespace) -> int:
+async def _do_peers(args: argparse.Namespace) -> None:
     async with _quiet(args) as client:
         peers = await client.peers()
         slug = client.slug
@@ -3083,16 +3011,14 @@ async def _do_peers(args: argparse.Namespace) -> int:
         return _print_json(peers)
     print(f"peers on {slug}: {len(peers)}")
     _print_rows(map(_peer_row, peers))
-    return EXIT_DONE
 
 
-def _peer_row(peer: dict[str, Any]) -> tuple[str, ...]:
+def _peer_row(peer: Json) -> tuple[str, ...]:
     groups = " ".join(f"@{group['name']}" + (f":{group['role']}" if group.get("role") else "")
                       for group in peer["groups"])
     marks = [groups, peer.get("visible") is False and "hidden", peer.get("reconnecting") and "reconnecting",
              peer["cwd"], peer["summary"] and f'"{peer["summary"]}"']
-    return (_shown(peer["displayName"]), peer["pubkey"][:KEY_DIGITS], peer["status"],
-            _shown("  ".join(filter(None, marks))))
+    return peer["displayName"], peer["pubkey"][:KEY_DIGITS], peer["status"], "  ".join(filter(None, marks))
 
 
 async def _do_send(args: argparse.Namespace) -> int:
@@ -3110,8 +3036,8 @@ async def _do_send(args: argparse.Namespace) -> int:
                      **({"status": status} if args.wait is not None else {})})
     else:
         print(_sent(name, ack))
-        _print_rows([(_shown(row["name"]), row["pubkey"][:KEY_DIGITS], row["state"], _local_time(row.get("at")))
-                     for row in status])
+        _print_rows((row["name"], row["pubkey"][:KEY_DIGITS], row["state"], _local_time(row.get("at")))
+                    for row in status)
     return EXIT_DONE if all(row["state"] in ("delivered", "shown") for row in status) else EXIT_REFUSED
 
 
@@ -3141,7 +3067,7 @@ async def _recipient(client: MeshClient, to: str) -> tuple[str, str]:
     return peer["pubkey"], peer["displayName"]
 
 
-def _sent(name: str, ack: dict[str, Any]) -> str:
+def _sent(name: str, ack: Json) -> str:
     counts = ack.get("recipients") or {"online": 1, "held": 0}
     where = [f"{counts['online']} online" if counts["online"] else "",
              f"held for {counts['held']} who {'is' if counts['held'] == 1 else 'are'} away" if counts["held"] else ""]
@@ -3149,19 +3075,19 @@ def _sent(name: str, ack: dict[str, Any]) -> str:
     return f"sent to {_shown(name)}: {', '.join(filter(None, where))}; {secrecy}; message {ack['messageId']}"
 
 
-async def _follow(client: MeshClient, message_id: str, wait: float) -> list[dict[str, Any]]:
+async def _follow(client: MeshClient, message_id: str, wait: float) -> list[Json]:
     """The recipients' states once all are settled, or at the end of `wait` seconds."""
     deadline = time.monotonic() + wait
     while True:
         recipients = (await client.request("message_status", messageId=message_id))["recipients"]
         for row in recipients:
-            row.setdefault("state", row["status"])  # a broker that knows no `state`
+            row["state"] = recipient_state(row)
         if all(row["state"] in SETTLED for row in recipients) or time.monotonic() >= deadline:
             return recipients
         await asyncio.sleep(min(STATUS_EVERY_S, max(0.0, deadline - time.monotonic())))
 
 
-async def _do_inbox(args: argparse.Namespace) -> int:
+async def _do_inbox(args: argparse.Namespace) -> None:
     """Print what waits for the member; what was printed, and nothing else, is reported as shown (CLI-9)."""
     async with _quiet(args, inbox=True, auto_shown=False) as client:
         if "inbox" not in client.capabilities:
@@ -3180,7 +3106,6 @@ async def _do_inbox(args: argparse.Namespace) -> int:
             mail = await _waiting_mail(client)
     if nothing and not args.json:
         print(f"nothing is waiting on {client.slug}")
-    return EXIT_DONE
 
 
 async def _waiting_mail(client: MeshClient) -> list[Push]:
@@ -3202,7 +3127,7 @@ async def _first_mail(client: MeshClient, wait: float) -> list[Push]:
     raise client.error or MeshError("offline", "the connection was closed")
 
 
-def _mail_record(push: Push) -> dict[str, Any]:
+def _mail_record(push: Push) -> Json:
     return {"id": push.id, "mesh": push.mesh, "kind": push.kind, "addressed": push.addressed, "target": push.target,
             "from": push.sender_name, "key": push.sender, "secured": push.secured, "priority": push.priority,
             "at": push.created_at, "text": push.text}
@@ -3210,27 +3135,30 @@ def _mail_record(push: Push) -> dict[str, Any]:
 
 def _mail_text(push: Push) -> str:
     """A line about the message, then its text, indented so that it cannot pass for such a line."""
-    target = {"direct": "to you", "group": f"to {_shown(push.target)}", "broadcast": "to everyone"}
-    notes = [target.get(push.addressed, ""), push.kind if push.kind != "message" else "", _local_time(push.created_at),
-             "now" if push.priority == "now" else "", "not encrypted" if push.secured == "plain" else ""]
-    text = "(cannot be opened: it was sealed for another key)" if push.text is None else push.text
+    notes = [ADDRESSED[push.addressed].format(target=_shown(push.target)), push.kind if push.kind != "message" else "",
+             _local_time(push.created_at), "now" if push.priority == "now" else "",
+             "not encrypted" if push.secured == "plain" else ""]
+    text = UNREADABLE if push.text is None else push.text
     head = f"{_shown(push.sender_name or 'unknown')} ({_shown(push.sender[:KEY_DIGITS])})"
     return "\n    ".join(["  ".join([head, *filter(None, notes)]), *_shown(text, lines=True).split("\n")])
 
 
-async def _do_state_get(args: argparse.Namespace) -> int:
+def _value(value: object) -> str:
+    """A text as it is, all else as JSON."""
+    return value if isinstance(value, str) else _json(value)
+
+
+async def _do_state_get(args: argparse.Namespace) -> None:
     async with _quiet(args) as client:
         entry = await client.request("get_state", key=args.key)
     if not entry["updatedAt"]:  # only the time tells null from unset
         raise MeshError("not_found", f"{args.key!r} is not set on {client.slug}")
     if args.json:
         return _print_json(_without(entry, "type", "_reqId"))
-    value = entry["value"]
-    print(_shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), lines=True))
-    return EXIT_DONE
+    print(_shown(_value(entry["value"]), lines=True))
 
 
-async def _do_state_set(args: argparse.Namespace) -> int:
+async def _do_state_set(args: argparse.Namespace) -> None:
     try:
         value = json.loads(args.value, parse_constant=int)  # NaN is no JSON, nor is it for int()
     except (ValueError, RecursionError):
@@ -3239,23 +3167,17 @@ async def _do_state_set(args: argparse.Namespace) -> int:
         await client.request("set_state", key=args.key, value=value)
     if args.json:
         return _print_json({"key": args.key, "value": value, "mesh": client.slug})
-    print(f"{_shown(args.key)} = {_shown(json.dumps(value, ensure_ascii=False))}")
-    return EXIT_DONE
+    print(f"{_shown(args.key)} = {_shown(_json(value))}")
 
 
-async def _do_state_list(args: argparse.Namespace) -> int:
+async def _do_state_list(args: argparse.Namespace) -> None:
     async with _quiet(args) as client:
         entries = (await client.request("list_state"))["entries"]
-    if args.json:
-        return _print_json(entries)
-    rows = [("KEY", "VALUE", "SET BY", "AT")]
-    rows += [(_shown(entry["key"]), _shown(json.dumps(entry["value"], ensure_ascii=False)), _shown(entry["updatedBy"]),
-              _local_time(entry["updatedAt"])) for entry in entries]
-    _print_rows(rows)
-    return EXIT_DONE
+    _print_table(args, entries, {"KEY": "key", "VALUE": lambda entry: _json(entry["value"]), "SET BY": "updatedBy",
+                                 "AT": lambda entry: _local_time(entry["updatedAt"])})
 
 
-async def _do_info(args: argparse.Namespace) -> int:
+async def _do_info(args: argparse.Namespace) -> None:
     """One look at a mesh: who this machine is there, and what the broker knows of it."""
     async with _quiet(args) as client:
         info = _without(await client.request("mesh_info"), "type", "_reqId")
@@ -3265,9 +3187,8 @@ async def _do_info(args: argparse.Namespace) -> int:
               "stateCount": len(info["stateKeys"]), **info}
     if args.json:
         return _print_json(record)
-    _print_rows((key, _shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    _print_rows((key, _value(value))
                 for key, value in _without(record, "mesh", "peers", "yourName").items())  # said above
-    return EXIT_DONE
 
 
 async def _do_status(args: argparse.Namespace) -> int:
@@ -3283,12 +3204,11 @@ async def _do_status(args: argparse.Namespace) -> int:
         return code
     safe = {None: "not there: no mesh joined yet", "0600": "mode 0600"}
     print(f"configuration  {path}  {safe.get(mode, f'mode {mode}: others may read your keys, chmod 600 it')}")
-    _print_rows([(entry["slug"], _shown(entry["brokerUrl"]), _shown(reason or "ok"))
-                 for entry, reason in zip(meshes, reasons)])
+    _print_rows((entry["slug"], entry["brokerUrl"], reason or "ok") for entry, reason in zip(meshes, reasons))
     return code
 
 
-async def _unreachable(entry: dict[str, Any]) -> str | None:
+async def _unreachable(entry: Json) -> str | None:
     """Why the broker of that mesh does not take this member, None if it does."""
     try:
         async with asyncio.timeout(STATUS_LIMIT_S), MeshClient(entry, quiet=True):
@@ -3337,9 +3257,9 @@ class _DemoSession:
 
     def __init__(self, name: str, home: Path) -> None:
         self.name, self.directory, self.log = name, home / name.lower(), home / f"{name.lower()}.log"
-        self.notes: list[dict[str, Any]] = []  # the params of every channel notification
+        self.notes: list[Json] = []  # the params of every channel notification
         self.news = asyncio.Event()
-        self.answers: list[asyncio.Future[dict[str, Any]]] = []  # by request id
+        self.answers: list[asyncio.Future[Json]] = []  # by request id
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> str:
@@ -3371,7 +3291,7 @@ class _DemoSession:
                 self.notes.append(message["params"])
                 self.news.set()
 
-    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
+    async def ask(self, method: str, **params: Any) -> Json:
         """The answer to one request."""
         answer = asyncio.get_running_loop().create_future()
         self.answers.append(answer)
@@ -3386,13 +3306,13 @@ class _DemoSession:
             raise _Missing(f"{self.name} calls {tool}: {text}")
         return text
 
-    def heard(self, text: str) -> list[dict[str, Any]]:
+    def heard(self, text: str) -> list[Json]:
         """The notifications so far that hold `text`."""
         return [note for note in self.notes if text in note["content"]]
 
-    async def told(self, text: str) -> dict[str, Any]:
+    async def told(self, text: str) -> Json:
         """The first notification that holds `text`, as soon as there is one."""
-        async def listen() -> dict[str, Any]:
+        async def listen() -> Json:
             while not self.heard(text):
                 self.news.clear()
                 await self.news.wait()
@@ -3458,7 +3378,7 @@ class _Demo:
         """Ada creates the mesh, Bob joins by her link, each with a configuration of their own."""
         for session in self.sessions:
             save_config({"version": 1, "displayName": session.name, "meshes": []}, session.directory)
-        create_mesh("demo", "demo", f"ws://127.0.0.1:{self.port}/ws", display_name="Ada", dir=self.ada.directory)
+        create_mesh("demo", "demo", LOCAL_URL.format(self.port), display_name="Ada", dir=self.ada.directory)
         link = make_invite("demo", dir=self.ada.directory)
         join_mesh(link, "Bob", dir=self.bob.directory)
         self.say("mesh", f"Ada created it, Bob joined by her invite {link[:24]}...")
@@ -3562,14 +3482,7 @@ async def _do_demo(args: argparse.Namespace) -> int:
 
 # --- 11. Main -------------------------------------------------------------------------------------
 
-VERSION = SERVER_INFO["version"]
-
-
-def _do_mcp(args: argparse.Namespace) -> int:
-    return run_mcp([])
-
-
-def _argument(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _argument(*names: str, **how: Any) -> tuple[tuple[str, ...], Json]:
     return names, how
 
 
@@ -3580,7 +3493,7 @@ _DATA = _argument("--data", metavar="DIR", help="the broker's data (default: bro
 _SLUG = _argument("slug", metavar="SLUG", help="the mesh")
 _KEY = _argument("key", metavar="KEY")
 
-Command = namedtuple("Command", "section run about arguments")
+Command = collections.namedtuple("Command", "section run about arguments")
 COMMANDS = {  # CLI-2
     "up": Command("Start", _do_up, "run a broker and a mesh on this machine, and join it; safe to repeat", (
         _argument("slug", metavar="SLUG", nargs="?", default=LOCAL_SLUG, help=f"the mesh (default: {LOCAL_SLUG})"),
@@ -3624,7 +3537,7 @@ COMMANDS = {  # CLI-2
         _KEY, _argument("value", metavar="VALUE", help="JSON, else it is taken as text"), _MESH, _JSON)),
     "state list": Command("Talking", _do_state_list, "all shared keys", (_MESH, _JSON)),
     "info": Command("Talking", _do_info, "a mesh at a glance", (_MESH, _JSON)),
-    "mcp": Command("Run", _do_mcp, "be the MCP server of an AI session, on stdin and stdout", ()),
+    "mcp": Command("Run", run_mcp, "be the MCP server of an AI session, on stdin and stdout", ()),
     "broker": Command("Run", _do_broker, "run a broker in the foreground", ()),
 }
 OWN_PARSER = ("broker",)  # commands whose arguments another module reads
@@ -3636,8 +3549,6 @@ def main(argv: list[str] | None = None) -> int:
     Whatever a user or the other side did wrong is one line on stderr. A traceback is a defect of ours.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv == ["mcp"]:
-        return run_mcp([])  # CLI-15: nothing else is imported before it answers
     try:
         code = _run_command(argv)
         sys.stdout.flush()
@@ -3657,6 +3568,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_command(argv: list[str]) -> int:
     """Find the command, read its arguments, run it."""
+    if argv == ["mcp"]:
+        return run_mcp()  # CLI-15: nothing else is imported before it answers
     if sys.stdout is None:  # CLI-9: print would drop everything without a word
         raise _usage("standard output is closed")
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -3671,7 +3584,7 @@ def _run_command(argv: list[str]) -> int:
         raise _usage("an argument is not UTF-8") from None
     name = _command_name(argv)
     if name in OWN_PARSER:
-        return _do_broker(argv[1:])
+        return COMMANDS[name].run(argv[1:])
     args = _arguments(name, argv[len(name.split()):])
     if args is None:
         return EXIT_DONE
@@ -3679,7 +3592,7 @@ def _run_command(argv: list[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     outcome = COMMANDS[name].run(args)
-    return outcome if isinstance(outcome, int) else asyncio.run(outcome)
+    return (asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome) or EXIT_DONE
 
 
 def _command_name(argv: list[str]) -> str:
@@ -3724,18 +3637,13 @@ def _help() -> str:
 
 def _exit_code(error: Exception) -> int | None:
     """What an error means for the caller; None for a defect of ours (CLI-1)."""
-    if isinstance(error, NameProblem):
-        return EXIT_USAGE if error.code == "ambiguous_name" else EXIT_REFUSED
     if isinstance(error, (MeshError, OSError)):
-        return EXIT_REFUSED
+        return EXIT_USAGE if getattr(error, "code", "") == "ambiguous_name" else EXIT_REFUSED
     wire = sys.modules.get("wire")  # nobody can have raised its errors before it was there
-    if wire is None:
+    if wire is None or not isinstance(error, (wire.UsageError, wire.ProtocolError)):
         return None
-    if isinstance(error, wire.InviteError):
-        return EXIT_USAGE if error.code == "malformed" else EXIT_REFUSED
-    if isinstance(error, wire.UsageError):
-        return EXIT_USAGE
-    return EXIT_REFUSED if isinstance(error, wire.ProtocolError) else None
+    wrong = isinstance(error, wire.UsageError) or isinstance(error, wire.InviteError) and error.code == "malformed"
+    return EXIT_USAGE if wrong else EXIT_REFUSED
 
 
 def _complain(error: Exception) -> None:

@@ -217,6 +217,7 @@ def test_a_failed_command_leaves_no_configuration_behind(person):
     nobody = person("nobody")
     nobody.fails("join", "ic://join/" + "A" * 40, "--name", "Nobody")
     nobody.fails("peers")
+    nobody.fails("leave", "local")
     assert not nobody.home.exists()
 
 

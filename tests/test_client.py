@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.server
 import json
+import socket
 import os
 import stat
 import threading
@@ -264,6 +265,21 @@ def test_a_file_that_cannot_be_used_is_named_with_the_place_and_left_alone(tmp_p
     assert path.read_text() == content
 
 
+@pytest.mark.spec("CONF-2", "CONF-4")
+def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing_behind(tmp_path):
+    path = stored_config(tmp_path, '{"displayName": "\\ud800"}')
+    with pytest.raises(wire.UsageError, match="config.json"):
+        claudemesh.update_config(lambda config: config.update(role="lead"), tmp_path)
+    assert path.read_text() == '{"displayName": "\\ud800"}'
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "lock"}
+
+
+@pytest.mark.spec("CONF-1")
+def test_every_directory_made_is_private(tmp_path):
+    claudemesh.session_keys(MESH_ID, "s", tmp_path / "conf")
+    assert {mode(tmp_path / "conf" / part) for part in (".", "sessions", f"sessions/{MESH_ID}")} == {0o700}
+
+
 @pytest.mark.spec("CONF-4")
 def test_no_secret_appears_in_a_complaint(tmp_path):
     stored_config(tmp_path, json.dumps({"meshes": [entry(secretKey="f00d" * 31)]}))
@@ -461,6 +477,29 @@ def test_joining_the_same_mesh_again_keeps_this_machines_key(broker, tmp_path):
     assert len(claudemesh.load_config(tmp_path)["meshes"]) == 1
 
 
+@pytest.mark.spec("CONF-3", "INV-22")
+def test_joining_again_keeps_what_others_noted_in_the_entry(broker, tmp_path):
+    broker.answers = [(200, {"ok": True, "memberId": MEMBER_ID}), (200, {"ok": True, "memberId": MEMBER_ID})]
+    join(invite(broker.ws_url), tmp_path)
+    claudemesh.update_config(lambda config: config["meshes"][0].update(note="mine"), tmp_path)
+    join(invite(broker.ws_url), tmp_path)
+    assert claudemesh.load_config(tmp_path)["meshes"][0]["note"] == "mine"
+
+
+@pytest.mark.spec("INV-22")
+def test_a_mesh_joined_meanwhile_is_not_replaced(broker, tmp_path, monkeypatch):
+    broker.answers = [(200, {"ok": True, "memberId": MEMBER_ID})]
+    real, other = claudemesh.http_call, entry(meshId="n" * 32)
+
+    def call(*args, **options):
+        claudemesh.save_config({"version": 1, "meshes": [other]}, tmp_path)  # another process does this
+        return real(*args, **options)
+    monkeypatch.setattr(claudemesh, "http_call", call)
+    with pytest.raises(wire.UsageError, match="already a member of another mesh called harbor"):
+        join(invite(broker.ws_url), tmp_path)
+    assert claudemesh.load_config(tmp_path)["meshes"] == [other]
+
+
 @pytest.mark.spec("INV-22")
 def test_another_mesh_of_the_same_name_does_not_take_the_place_of_the_first(broker, tmp_path):
     claudemesh.save_config({"version": 1, "meshes": [entry()]}, tmp_path)
@@ -484,6 +523,20 @@ def test_what_the_broker_refuses_becomes_one_error_with_its_code(broker, tmp_pat
         join(invite(broker.ws_url), tmp_path)
     assert refused.value.code == code
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.spec("INV-23")
+def test_half_an_answer_is_no_answer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(65536)
+                peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(MeshError) as cut:
+            claudemesh.http_call(f"http://127.0.0.1:{server.getsockname()[1]}", "GET", "/download", raw=True)
+        assert cut.value.code == "offline"
 
 
 @pytest.mark.spec("INV-23")
@@ -888,6 +941,69 @@ def test_after_a_reconnect_groups_status_summary_and_the_rest_are_set_again_in_o
                 {"type": "subscribe", "stream": "builds"},
                 {"type": "mcp_register", "serverName": "lint", "description": "", "tools": []},
             ]
+    run(story())
+
+
+@pytest.mark.spec("CLIENT-7")
+@pytest.mark.parametrize("frame", [
+    {"type": ["x"]}, {"type": None}, {"type": "ack", "_reqId": [1]}, {"type": "ack", "id": {}},
+    {"type": "error", "code": "x", "message": "m", "_reqId": {}}, {"type": "error", "code": 1}, {"type": "push"},
+    push(1, "left", nonce="", ciphertext="", senderPubkey="system", event="peer_left", eventData={"pubkey": []}),
+    {"type": "mcp_call_forward", "callId": []},
+], ids=str)
+def test_a_frame_of_nonsense_costs_nothing_else(frame):
+    async def story():
+        async with FakeBroker() as broker, broker.client() as client:
+            calls: list[dict] = []
+            client.handlers["mcp_call_forward"] = calls.append
+            client._sealed_for["*"] = {"k": None}
+            broker.push(frame)
+            await client.set_status("idle")
+            assert client.state == "open" and len(broker.all("hello")) == 1 and calls == []
+    run(story())
+
+
+@pytest.mark.spec("CLIENT-20")
+def test_while_it_closes_requests_fail_and_the_timer_does_no_harm():
+    async def story():
+        async with FakeBroker() as broker:
+            client = await broker.client().start()
+            real = client._connection.close
+
+            async def slow(code: int) -> None:
+                await asyncio.sleep(0.05)
+                await real(code)
+            client._connection.close = slow
+            closing = asyncio.ensure_future(client.close())
+            await asyncio.sleep(0.01)
+            client.post("set_status", status="idle")
+            client._ping_at = 0
+            client._keep_alive()
+            with pytest.raises(MeshError, match="was closed"):
+                await client.request("mesh_info")
+            await closing
+    run(story())
+
+
+@pytest.mark.spec("CLIENT-6")
+def test_a_late_refusal_does_not_undo_what_was_set_after_it():
+    async def story():
+        async with FakeBroker() as broker, broker.client() as client:
+            asked: list[dict] = []
+
+            def answer(frame: dict) -> list[dict]:
+                asked.append(frame)
+                if len(asked) == 1:
+                    return []
+                first, second = (one["_reqId"] for one in asked)
+                return [{"type": "ack", "id": second, "messageId": "", "queued": False, "_reqId": second},
+                        {"type": "error", "code": "rate_limited", "message": "no", "_reqId": first}]
+            broker.answers["set_status"] = answer
+            await asyncio.gather(client.set_status("working"), client.set_status("dnd"), return_exceptions=True)
+            del broker.answers["set_status"]
+            broker.frames.clear()
+            broker.drop()
+            assert (await broker.until(lambda: broker.all("set_status")))[0]["status"] == "dnd"
     run(story())
 
 

@@ -8,6 +8,7 @@ with a real `Broker`; and the real `mcp` SDK as the host.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import select
@@ -25,7 +26,7 @@ import pytest
 
 import claudemesh
 import wire
-from claudemesh import Lines, MeshError, Push, Session
+from claudemesh import MeshError, Push, Session
 
 LIMIT = 10.0  # seconds that anything may take before a test calls it hung
 ROOT = Path(claudemesh.__file__).parent
@@ -832,12 +833,8 @@ def test_the_instructions_fit_and_say_what_matters() -> None:
 @pytest.mark.spec("MCP-6")
 def test_lines_are_cut_from_any_pieces_and_too_long_ones_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claudemesh, "MAX_LINE", 5)
-    lines = Lines()
-    assert lines.feed(b"a") == []
-    assert lines.feed(b"b\n\ncd\ne") == [b"ab", b"", b"cd"]
-    assert lines.feed(b"1234567") == []
-    assert lines.feed(b"8" * 100) == [] and lines.parts == []
-    assert lines.feed(b"\nok\n12345\n") == [None, b"ok", b"12345"]
+    source = io.BytesIO(b"ab\n\ncd\n1234567" + b"8" * 100 + b"\nok\n12345\n123456\nunfinished")
+    assert list(claudemesh.read_lines(source)) == [b"ab\n", b"\n", b"cd\n", None, b"ok\n", b"12345\n", None]
 
 
 class Host:
@@ -1024,6 +1021,18 @@ def test_a_stray_print_or_child_process_cannot_break_the_wire(tmp_path: Path) ->
         assert host.gone() == 0
         assert host.process.stderr.read() == b"stray print\nstray child\n"
         assert host.line() == b""
+
+
+@pytest.mark.spec("MCP-24")
+def test_neither_a_removed_folder_nor_a_stderr_nobody_reads_stops_the_server(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{ this is not JSON")
+    code = ("import os, sys, claudemesh\n"
+            "gone = sys.argv[1]; os.mkdir(gone); os.chdir(gone); os.rmdir(gone)\n"
+            "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 2)\n"
+            "claudemesh.run_mcp()")
+    with Host(tmp_path, [sys.executable, "-c", code, str(tmp_path / "gone")]) as host:
+        text, is_error = host.open().call("list_peers")
+        assert is_error and text.startswith("The configuration cannot be used: ")
 
 
 @pytest.mark.spec("MCP-24")
@@ -1307,6 +1316,15 @@ def test_a_mesh_joined_or_left_while_the_server_runs_is_noticed(hub: Hub, tmp_pa
         configure(tmp_path)
         assert host.call("set_status", status="idle")[1] is True
         hub.wait(lambda: hub.closes == [1000])
+
+
+@pytest.mark.spec("MCP-12")
+def test_a_change_that_is_not_about_the_connection_leaves_it_alone(hub: Hub, tmp_path: Path) -> None:
+    with Host(configure(tmp_path, membership("alpha", hub.url))) as host:
+        host.open().note(lambda note: note["meta"]["kind"] == "welcome")
+        configure(tmp_path, membership("alpha", hub.url) | {"joinedAt": "2027-01-02T03:04:05.006Z"})
+        assert host.call("set_status", status="idle") == ("Status is now idle.", False)
+        assert len(hub.connections) == 1
 
 
 @pytest.mark.spec("MCP-45")
