@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
@@ -34,7 +35,6 @@ import ipaddress
 import json
 import os
 import re
-import secrets
 import signal
 import sqlite3
 import ssl
@@ -70,7 +70,7 @@ RETENTION_SECONDS = 60.0  #: between two retention passes over a mesh
 PENDING_HOOK_MS = 10_000
 HOOK_FRESH_MS = 30_000
 STATUS_TTL_MS = 60_000
-MESSAGE_TTL_MS = 7 * 24 * 3600 * 1000
+MESSAGE_TTL_MS = 7 * 24 * 3600 * 1000  # DELIV-17
 HELD_PER_MEMBER = 200
 WINDOW = 512  #: pushes a client may leave unacknowledged before the rest waits in the store
 UNSHOWN_KEPT = 1000  #: delivered but unshown messages that go back to the queue with the connection
@@ -84,6 +84,7 @@ MAX_OFFSET = 2**53  #: beyond it a JSON number is no exact integer
 
 #: Which priorities a status lets through (SPEC DELIV-4). Order within is acceptance order.
 GATE = {"idle": ("now", "next", "low"), "working": ("now",), "dnd": ("now",)}
+#: Who writes a status, by rank (SPEC STAT-1).
 STATUS_RANK = {"hook": 3, "manual": 2, "jsonl": 1}
 HOOK_STATUSES = ("idle", "working")  #: dnd is a person's decision
 HELD_PRIORITIES = ("now", "next")
@@ -128,6 +129,23 @@ class Settings:
     send_rate: int = 0  #: sends per second and connection, 0 = unlimited
     status_ttl: int = STATUS_TTL_MS
     admin_token: str = ""  #: lets its bearer create meshes from elsewhere than loopback
+
+    def check(self) -> None:
+        """Raises `UsageError` for settings that make no sense."""
+        if self.public_url:
+            wire.http_base(self.public_url)
+        wrong = {
+            "a TLS key needs a TLS certificate": self.tls_key and not self.tls_cert,
+            "the port is a number from 0 to 65535": not 0 <= self.port <= 65535,
+            "a mesh has room for one connection at least": self.max_connections < 1,
+            f"a message may have from 65536 to {wire.MAX_MESSAGE_BYTES} bytes: clients read no more":
+                not 65536 <= self.max_message <= wire.MAX_MESSAGE_BYTES,
+            "a rate is not negative": self.send_rate < 0 or self.hook_rate < 1,
+            f"{self.data} is not a directory": self.data.exists() and not self.data.is_dir(),
+        }
+        for sentence, so in wrong.items():
+            if so:
+                raise UsageError(sentence)
 
 
 # --- 2. Metrics, limits, log ----------------------------------------------------------------------
@@ -247,27 +265,18 @@ def stored_push(mesh_id: str, row: Pending) -> Envelope:
         f'"createdAt":"{iso(row.created_at)}"{subtype}'), row)
 
 
-def system_push(mesh_id: str, event: str, data: dict[str, Any], now: int) -> Envelope:
+def system_push(mesh_id: str, id: str, event: str, data: dict[str, Any], now: int) -> Envelope:
     """A notification by the broker itself: not stored, not gated (SPEC PRES-8)."""
-    id = str(uuid.uuid4())
     frame = {"type": "push", "messageId": id, "meshId": mesh_id, "senderPubkey": "system", "priority": "low", "nonce": "",
              "ciphertext": "", "createdAt": iso(now), "subtype": "system", "event": event, "eventData": data}
     return Envelope(None, id, "low", encode(frame)[:-1])
 
 
-def _random_tails() -> Iterator[str]:
-    """Endless random texts of 20 hex digits; the system is asked once for a hundred of them."""
+def random_tails(random: Callable[[int], bytes]) -> Iterator[str]:
+    """Endless random texts of 20 hex digits; the source is asked once for a hundred of them."""
     while True:
-        pool = os.urandom(1000).hex()
+        pool = random(1000).hex()
         yield from (pool[at:at + 20] for at in range(0, 2000, 20))
-
-
-_tail = _random_tails().__next__
-
-
-def message_id(now: int) -> str:
-    """A fresh id, 32 characters of 0-9A-Za-z, that sorts by time: the store's index grows at its end."""
-    return f"{now:012x}{_tail()}"
 
 
 class Flight(NamedTuple):
@@ -392,7 +401,7 @@ class Link:
 class Peer:
     """A presence: one session of a member, connected (`link`) or within its grace (`left_at`, seconds)."""
 
-    key: str  #: routing key: the session key, else the member key
+    key: str  #: routing key: the session key, else the member key (PRES-1)
     member: Member
     presence_id: str
     connected_at: int
@@ -402,7 +411,7 @@ class Peer:
     sealable: bool = False  #: its client opens sealed multicast bodies
     link: Link | None = None
     left_at: float = 0.0
-    status: str = "idle"
+    status: str = "idle"  # PRES-2
     source: str = "jsonl"
     status_at: int = 0
     summary: str | None = None
@@ -802,7 +811,7 @@ def on_hello(hub: Broker, link: Link, hello: dict[str, Any]) -> None:
     """hello: authenticates the link and makes, or takes up again, a presence (SPEC HELLO)."""
     mesh, member, key, proven = admit(hub, link, hello)
     now = hub.clock()
-    offered = [c for c in hello.get("capabilities") or () if c in wire.CAPABILITIES]
+    offered = [c for c in hello.get("capabilities") or () if c in wire.CAPABILITIES]  # HELLO-14
     saved = mesh.store.load_state(member.id, hello.get("sessionId") or "")
     earlier = None if "quiet" in offered else _earlier(hub, mesh, member, key)
     peer = earlier or _new_peer(hub, member, key, hello, saved, now)
@@ -839,7 +848,7 @@ def _earlier(hub: Broker, mesh: Mesh, member: Member, key: str) -> Peer | None:
 
 
 def _new_peer(hub: Broker, member: Member, key: str, hello: dict[str, Any], saved: Saved | None, now: int) -> Peer:
-    peer = Peer(key, member, secrets.token_hex(16), now, status_at=now)
+    peer = Peer(key, member, hub.new_id(), now, status_at=now)
     if saved is not None:
         peer.restore(saved)
         peer.saved_stats = dict(saved.stats)
@@ -848,6 +857,8 @@ def _new_peer(hub: Broker, member: Member, key: str, hello: dict[str, Any], save
     stash = hub.take_pending_hook(hello, now)
     if stash is not None:
         peer.write_status(stash, "hook", now)  # STAT-5
+    if hello.get("status"):
+        peer.write_status(hello["status"], "manual", now)  # STAT-7
     return peer
 
 
@@ -944,7 +955,7 @@ def _hello_ack(mesh: Mesh, peer: Peer, hello: dict[str, Any], saved: Saved | Non
 def announce(hub: Broker, mesh: Mesh, peer: Peer, event: str, **data: Any) -> None:
     """Tells every other connection of the mesh about `peer` (SPEC PRES-8)."""
     data = {"name": peer.name, "displayName": peer.name, "pubkey": peer.key, **data}
-    push = system_push(mesh.id, event, data, hub.clock())
+    push = system_push(mesh.id, hub.uuid(), event, data, hub.clock())
     for link in mesh.links:
         if link.peer is not peer and not link.peer.quiet:
             link.push(push)
@@ -1045,7 +1056,7 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
         refuse_unsealed(mesh, recipients, sealed)
     now = hub.clock()
     online = sum(1 for r in recipients if r.peer is not None and r.peer.link is not None)
-    row = _accept(mesh, peer, frame, target, priority, recipients, sealed or {}, digest, online, now)
+    row = _accept(hub, mesh, peer, frame, target, priority, recipients, sealed or {}, digest, online, now)
     hub.metrics.add("broker_messages_routed_total", priority)
     _ack_send(link, frame, row.id, online, len(recipients) - online)
     push = stored_push(mesh.id, row)
@@ -1054,10 +1065,10 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
             drain(hub, mesh, recipient.peer, push, sealed and sealed[recipient.key])
 
 
-def _accept(mesh: Mesh, sender: Peer, frame: dict[str, Any], target: str, priority: str, recipients: list[Recipient],
+def _accept(hub: Broker, mesh: Mesh, sender: Peer, frame: dict[str, Any], target: str, priority: str, recipients: list[Recipient],
             sealed: dict[str, str], digest: str | None, online: int, now: int) -> Pending:
     """Stores a message, its deliveries and its audit entry in the open transaction (SPEC DELIV-1)."""
-    store, id = mesh.store, message_id(now)
+    store, id = mesh.store, hub.message_id(now)
     seq = store.accept(
         id=id, sender_member=sender.member.id, sender_key=sender.key, sender_name=sender.name, target=target,
         priority=priority, nonce=frame["nonce"], ciphertext=frame["ciphertext"], subtype=None,
@@ -1258,7 +1269,7 @@ def on_set_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     if len(encode(value).encode()) > STATE_VALUE_BYTES:
         raise Refused("too_large", f"set_state.value: longer than {STATE_VALUE_BYTES} bytes")
     if mesh.store.state_size(key) + len(key) + len(encode(value).encode()) > STATE_TOTAL_BYTES:
-        raise Refused("limit", f"the state of a mesh is {STATE_TOTAL_BYTES} bytes at most")
+        raise Refused("limit", f"the state of a mesh is {STATE_TOTAL_BYTES} bytes at most")  # STATE-4
     now = hub.clock()
     mesh.store.set_state(key, value, peer.member.id, peer.member.name, now)
     mesh.store.audit("state_set", peer.member.id, peer.name, {"key": key}, now)  # AUDIT-4: never the value
@@ -1339,6 +1350,7 @@ HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
 
 # --- 11. HTTP routes ------------------------------------------------------------------------------
 
+#: On every answer (SPEC HTTP-28).
 CORS = (("Access-Control-Allow-Origin", "*"), ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, OPTIONS"),
         ("Access-Control-Allow-Headers",
          "Authorization, Content-Type, X-Mesh-Id, X-Member-Id, X-File-Name, X-Tags, X-Persistent, X-Target-Spec, "
@@ -1631,17 +1643,20 @@ class Broker(Turn):
     """A running hub: `async with Broker(data=path, port=0) as broker: broker.url` (SPEC OPS-1).
 
     Keyword arguments are the fields of `Settings`; besides, for tests and embedding: `clock` (wall time in
-    ms), `monotonic` (seconds) and `log`, called with one record a line. Starting raises `OSError` when the
+    ms), `monotonic` (seconds), `random` (bytes for ids) and `log`, called with one record a line. Starting raises `OSError` when the
     port cannot be had and `UsageError` for settings that make no sense.
     """
 
     def __init__(self, *, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-                 monotonic: Callable[[], float] = time.monotonic,
+                 monotonic: Callable[[], float] = time.monotonic, random: Callable[[int], bytes] = os.urandom,
                  log: Callable[[dict[str, Any]], None] | None = None, **settings: Any) -> None:
         super().__init__()
         settings["data"] = Path(settings["data"])
         self.settings = Settings(**settings)
+        self.settings.check()
         self.clock, self.monotonic, self._log = clock, monotonic, log
+        self.random = random
+        self._tail = random_tails(random).__next__
         self.now = self.started = monotonic()
         self.metrics = Metrics()
         self.slugs: dict[str, str] = {}  #: mesh id: slug, for every directory under `data`
@@ -1675,6 +1690,14 @@ class Broker(Turn):
         """Reads the index of meshes, then listens."""
         self.loop = asyncio.get_running_loop()
         self.settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.data_lock = storage.lock(self.settings.data)  # STORE-4: also before there is a mesh to lock
+        try:
+            await self._listen()
+        except BaseException:
+            os.close(self.data_lock)
+            raise
+
+    async def _listen(self) -> None:
         for path in sorted(self.settings.data.iterdir()):
             self._index(path)
         tls = self._tls()
@@ -1695,13 +1718,16 @@ class Broker(Turn):
             self.slugs[identity[0]] = path.name
 
     def _tls(self) -> ssl.SSLContext | None:
-        if not self.settings.tls_cert:
-            return None
+        cert, key = self.settings.tls_cert, self.settings.tls_key
+        if not cert:
+            return None  # OPS-9
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
-            context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key or None)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"TLS certificate or key: {error}") from None
+            context.load_cert_chain(cert, key or None)
+        except ssl.SSLError as error:
+            raise UsageError(f"{cert}{f' and {key}' if key else ''}: not a certificate with its key ({error.reason})") from None
+        except OSError as error:
+            raise UsageError(f"{cert}{f' or {key}' if key else ''}: {error.strerror}") from None
         return context
 
     async def stop(self) -> None:
@@ -1718,6 +1744,7 @@ class Broker(Turn):
         await self._settle_tasks()
         for mesh in self.meshes.values():
             mesh.store.close()
+        os.close(self.data_lock)
         self.log("info", "stopped")
 
     def _save_all(self, mesh: Mesh) -> None:
@@ -1750,6 +1777,20 @@ class Broker(Turn):
         self.log("error", "handler failed", what=what, error=f"{type(error).__name__}: {error}"[:200],
                  at=f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
 
+    # Ids
+
+    def new_id(self) -> str:
+        """A fresh id, 32 characters of 0-9A-Za-z."""
+        return self.random(16).hex()
+
+    def message_id(self, now: int) -> str:
+        """A fresh id of that form that sorts by time: the store's index grows at its end."""
+        return f"{now:012x}{self._tail()}"
+
+    def uuid(self) -> str:
+        """A fresh UUID v4."""
+        return str(uuid.UUID(bytes=self.random(16), version=4))
+
     # Meshes
 
     def directory(self, slug: str) -> Path:
@@ -1763,7 +1804,7 @@ class Broker(Turn):
             return mesh
         try:
             with contextlib.ExitStack() as undo:
-                store = Store(self.directory(self.slugs[mesh_id]), synchronous=self.settings.synchronous)
+                store = Store(self.directory(self.slugs[mesh_id]), synchronous=self.settings.synchronous, new_id=self.new_id)
                 undo.callback(store.close)
                 opened = Mesh(store)
                 undo.pop_all()
@@ -1774,8 +1815,9 @@ class Broker(Turn):
 
     def create_mesh(self, slug: str, name: str, owner_pubkey: str) -> Mesh:
         """Makes the directory of a new mesh and opens it."""
-        store = Store.create(self.directory(slug), mesh_id=secrets.token_hex(16), slug=slug, name=name,
-                             owner_pubkey=owner_pubkey, now=self.clock(), synchronous=self.settings.synchronous)
+        store = Store.create(self.directory(slug), mesh_id=self.new_id(), slug=slug, name=name,
+                             owner_pubkey=owner_pubkey, now=self.clock(), synchronous=self.settings.synchronous,
+                             new_id=self.new_id)
         mesh = Mesh(store)
         store.audit("mesh_created", None, None, {"slug": slug}, self.clock())
         self.slugs[mesh.id], self.meshes[mesh.id] = slug, mesh
@@ -1861,7 +1903,7 @@ class Broker(Turn):
     def read(self, link: Link, messages: list[str | bytes]) -> None:
         """What one read has brought, frame by frame."""
         link.heard = self.now = self.monotonic()
-        for message in messages:
+        for message in messages:  # DELIV-15: in order, each to completion
             self.handle(link, message)
             if len(self.asked) >= TURN_FRAMES:
                 self.end_turn()
@@ -1892,7 +1934,7 @@ class Broker(Turn):
     def _dispatch(self, link: Link, frame: dict[str, Any]) -> None:
         if link.mesh is None:
             if frame.get("type") != "hello":
-                raise Refused("no_hello", wire.ERRORS["no_hello"])
+                raise Refused("no_hello", wire.ERRORS["no_hello"])  # HELLO-13
             on_hello(self, link, frame)
         else:
             if frame.get("type") == "hello":
@@ -1901,7 +1943,7 @@ class Broker(Turn):
             check_lengths(frame)
             handler = HANDLERS.get(message.name)
             if handler is None:
-                raise Refused("not_implemented", f"{message.name}: {wire.ERRORS['not_implemented']}")
+                raise Refused("not_implemented", f"{message.name}: {wire.ERRORS['not_implemented']}")  # MSG-11
             handler(self, link, frame)
         if link.mesh.store.changed:
             self.touch(link.mesh)
@@ -2145,9 +2187,17 @@ def default_data() -> Path:
     return Path(base) / "broker"
 
 
+class Options(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        """Ends the program with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of `claudemesh broker`."""
-    options = argparse.ArgumentParser(prog="claudemesh broker", description="Run a broker in the foreground.")
+    options = Options(prog="claudemesh broker", description="Run a broker in the foreground.")
     options.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     options.add_argument("--port", type=int, default=PORT, help="port, 0 for any free one (default: %(default)s)")
     options.add_argument("--data", type=Path, default=None, help="directory of the meshes (default: ~/.claudemesh/broker)")
@@ -2156,9 +2206,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tls-key", default="", metavar="FILE", help="PEM key, if not in the certificate file")
     options.add_argument("--synchronous", choices=["FULL", "NORMAL", "OFF"], default="FULL",
                          help="SQLite durability; below FULL an acknowledged message can be lost with the power")
-    options.add_argument("--max-message", type=int, default=wire.MAX_MESSAGE_BYTES, metavar="BYTES")
+    options.add_argument("--max-message", type=int, default=wire.MAX_MESSAGE_BYTES, metavar="BYTES",
+                         help="longest message (default and most: %(default)s)")
     options.add_argument("--max-connections", type=int, default=100, metavar="N", help="per mesh (default: %(default)s)")
-    options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection")
+    options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection (default: no limit)")
     options.add_argument("--admin-token", default=os.environ.get("CLAUDEMESH_ADMIN_TOKEN", ""), metavar="TOKEN",
                          help="lets its bearer create meshes from other machines (or CLAUDEMESH_ADMIN_TOKEN)")
     return options
@@ -2170,10 +2221,15 @@ def main(argv: list[str] | None = None) -> int:
     options["data"] = options["data"] or default_data()
     try:
         asyncio.run(_run(Broker(log=log_to_stderr, **options)))
-    except (OSError, UsageError, storage.StoreError, OverflowError) as error:
+    except OSError as error:
+        reasons = {errno.EADDRINUSE: f"port {options['port']} is taken; choose another with --port",
+                   errno.EADDRNOTAVAIL: f"{options['host']} is no address of this machine"}
+        print(f"claudemesh broker: {reasons.get(error.errno, error)}", file=sys.stderr)
+    except (UsageError, storage.StoreError) as error:
         print(f"claudemesh broker: {error}", file=sys.stderr)
-        return 1
-    return 0
+    else:
+        return 0
+    return 1
 
 
 async def _run(broker: Broker) -> None:

@@ -354,7 +354,7 @@ def _refusals(path: Path) -> Iterator[None]:
         raise StoreError(f"{where} cannot be used: {error.strerror}") from None
 
 
-def _lock(directory: Path) -> int:
+def lock(directory: Path) -> int:
     """Take the directory for this process; the descriptor holds the lock, and the kernel frees it with the process."""
     path = directory / LOCK
     with _refusals(path):
@@ -495,7 +495,7 @@ class Store:
         self._new_id = new_id
         self._wal = path.with_name(DATABASE + "-wal")
         with ExitStack() as undo:
-            undo.callback(os.close, _lock(self._directory))
+            undo.callback(os.close, lock(self._directory))
             self._db = undo.enter_context(closing(_connect(path, synchronous)))
             with _refusals(path):
                 self._begin_service()
@@ -513,7 +513,7 @@ class Store:
         with _refusals(path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # STORE-1
         with ExitStack() as undo, _refusals(path):
-            undo.callback(os.close, _lock(directory))
+            undo.callback(os.close, lock(directory))
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives -wal and -shm the same mode
             db = undo.enter_context(closing(_connect(path, synchronous)))
             if db.execute("SELECT 1 FROM mesh").fetchone():
@@ -713,7 +713,7 @@ class Store:
         if self._one("SELECT 1 FROM member WHERE pubkey = ?", pubkey):
             raise JoinRefused("member_revoked")  # STORE-7
         if invite.used_count >= invite.max_uses:
-            raise JoinRefused("invite_exhausted")
+            raise JoinRefused("invite_exhausted")  # INV-9: one writer, one transaction
         preset = invite.preset
         member = self.add_member(
             pubkey, preset.get("displayName") or name, invite.role, now, role_tag=preset.get("roleTag"),

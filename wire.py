@@ -1106,7 +1106,7 @@ CLIENT_TABLE = """
 hello(meshId: string, memberId: string, pubkey: string, sessionPubkey?: string, displayName?: string,
     sessionId?: string, pid?: number, cwd?: string, hostname?: string, peerType?: ai|human|connector, channel?:
     string, model?: string, groups?: [Group], timestamp: number, signature: string, capabilities?: [string],
-    sessionSignature?: string) -> hello_ack
+    sessionSignature?: string, status?: idle|working|dnd) -> hello_ack
 # Delivery
 send(targetSpec: string, priority?: now|next|low, nonce: string, ciphertext: string, id?: string,
     client_message_id?: string, sealedKeys?: object) -> ack
@@ -1522,7 +1522,7 @@ def _read_table(text: str, direction: str) -> dict[str, Message]:
     return messages
 
 
-#: Every message of the protocol by name.
+#: Every message of the protocol by name (SPEC MSG-10).
 MESSAGES: dict[str, Message] = _read_table(CLIENT_TABLE, "client") | _read_table(BROKER_TABLE, "broker")
 
 
@@ -1639,7 +1639,7 @@ def _unb64(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)  # CRYPTO-3: Ed25519 keys as X25519 keys
 def _exchange_public(public: str) -> bytes:
     return sodium.crypto_sign_ed25519_pk_to_curve25519(bytes.fromhex(public))
 

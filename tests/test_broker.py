@@ -449,6 +449,18 @@ async def test_the_gate_holds_multicasts_as_well(world):
     assert await bo.text() == "later"
 
 
+@spec("STAT-7")
+@story
+async def test_a_session_that_is_not_to_be_disturbed_says_so_in_hello(world):
+    ana, (key, _) = await world.peer("ana"), world.member("bo")
+    await ana.send(key.public, "not now")
+    bo = await world.peer("bo", status="dnd")
+    assert [f for f in await bo.silence() if f["type"] == "push"] == []
+    await bo.request("set_status", status="idle")
+    assert await bo.text() == "not now"
+    assert (await refused(world, world.hello("cy", status="asleep")))[0] == "malformed"
+
+
 @spec("STAT-4", "DELIV-3")
 @story
 async def test_a_status_hook_reaches_every_presence_of_its_session_and_drains(world):

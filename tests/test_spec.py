@@ -9,6 +9,7 @@ from pathlib import Path
 import wire
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("claudemesh", "broker", "wire", "store", "cron")
 SPEC = (ROOT / "SPEC.md").read_text()
 
 
@@ -49,10 +50,18 @@ def test_every_rule_has_a_test_and_every_test_a_rule():
     assert sorted(tests - ids) == [], "tests of rules that do not exist"
 
 
+def test_every_rule_stands_beside_the_code_that_enforces_it():
+    code = "".join((ROOT / f"{name}.py").read_text() for name in MODULES)
+    named = set(re.findall(r"\b([A-Z]+-\d+)\b", code))
+    for prefix, first, last in re.findall(r"\b([A-Z]+)-(\d+) to (?:[A-Z]+-)?(\d+)\b", code):
+        named |= {f"{prefix}-{number}" for number in range(int(first), int(last) + 1)}
+    assert sorted(set(declared()) - named) == []
+
+
 def test_every_id_named_in_the_code_is_a_rule():
     ids = set(declared())
     prefixes = {id.partition("-")[0] for id in ids}
-    for name in ("claudemesh", "broker", "wire", "store", "cron"):
+    for name in MODULES:
         named = set(re.findall(r"\b([A-Z]+-\d+)\b", (ROOT / f"{name}.py").read_text()))
         assert {id for id in named if id.partition("-")[0] in prefixes} - ids == set(), name
 
