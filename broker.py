@@ -329,7 +329,9 @@ class Link:
         self.out.clear()
         self.out_bytes = 0
         for seq in self.fresh:
-            self.inflight.pop(seq, None)
+            flight = self.inflight.pop(seq, None)
+            if flight is not None:
+                self.by_id.pop(flight.id, None)
         self.fresh.clear()
         del self.written[self.sent:]
         if self.closing is not None:
@@ -490,7 +492,7 @@ class Mesh:
             self.enrolled(member)
         self.saved = store.newest_states()
         self.peers: dict[str, Peer] = {}  #: by routing key, in the order of arrival
-        self.undo: list[Callable[[], None]] = []  #: what takes back this turn's changes to the roster
+        self.undo: list[Callable[[], object]] = []  #: what takes back this turn's changes to the roster
         self.inboxes: dict[str, Peer] = {}  #: quiet connections that take what is queued for a member key
         self.links: set[Link] = set()
         self.settled: list[tuple[str, list[tuple[int, str]]]] = []  #: states and rows, noted but not written
@@ -571,7 +573,7 @@ class Mesh:
         return found + [Recipient(member.pubkey, self.inboxes.get(member.pubkey), None) for member in self.members.values()
                         if member.id not in present and wanted(self.saved_groups(member))]
 
-    # Settling: acknowledgements ride in the next commit (DESIGN of the store: no fsync of their own).
+    # Settling: acknowledgements ride in the next commit; they are not worth an fsync of their own.
 
     def settle(self, rows: Iterable[tuple[int, str]], state: str) -> None:
         """Notes rows as settled; written with the next commit, or before anything reads them."""
@@ -591,11 +593,12 @@ class Mesh:
     def commit(self, now: int) -> bool:
         """Commits what is open; whether there was anything. Raises `sqlite3.Error`."""
         self.write_settled(now)
-        if not self.store.changed:
-            return False
+        changed = self.store.changed
         self.store.commit()
         self.undo.clear()
         self.writing.clear()
+        if not changed:
+            return False
         self.unmoved += 1
         if self.unmoved >= CHECKPOINT_COMMITS:
             self.checkpoint()
@@ -882,6 +885,7 @@ def _attach(hub: Broker, mesh: Mesh, peer: Peer, link: Link, offered: list[str])
     link.mesh, link.peer = mesh, peer
     link.conn.ws.limit(hub.settings.max_message)
     mesh.undo.append(lambda: _detach_again(mesh, peer, link, older))
+    hub.touch(mesh)
     link.acks, link.shows_target = "client_ack" in offered, "target" in offered
     mesh.links.add(link)
     hub.waiting.discard(link)
@@ -902,7 +906,7 @@ def _enter(hub: Broker, mesh: Mesh, peer: Peer) -> None:
     if absent and len(mesh.peers) >= 2 * hub.settings.max_connections:
         end_presence(hub, mesh, min(absent, key=lambda p: p.left_at))
     mesh.peers[peer.key] = peer
-    mesh.undo.append(lambda: mesh.peers.pop(peer.key, None) and None)
+    mesh.undo.append(lambda: mesh.peers.pop(peer.key, None))
 
 
 def _open_inbox(hub: Broker, mesh: Mesh, peer: Peer) -> None:
@@ -1006,7 +1010,7 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
     if mesh.peers.get(peer.key) is not peer:
         return  # it has ended already
     del mesh.peers[peer.key]
-    mesh.undo.append(lambda: mesh.peers.setdefault(peer.key, peer) and None)  # the tick will end it again
+    mesh.undo.append(lambda: mesh.peers.setdefault(peer.key, peer))  # the tick will end it again
     mesh.save(peer, now)
     mesh.store.touch_member(peer.member.id, now)
     mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)

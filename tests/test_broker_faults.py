@@ -172,6 +172,17 @@ async def test_a_hello_that_could_not_be_stored_supersedes_nobody(world):
     assert await bo.text() == "the old connection lives"
 
 
+@spec("TURN-2", "PRES-14")
+@story
+async def test_an_undone_turn_takes_back_nothing_of_earlier_turns(world):
+    ana = await world.peer("ana")
+    quiet = await world.peer("ana", capabilities=QUIET, session=None)
+    with failing_commits(world):
+        assert (await ana.request("set_state", key="k", value=1))["code"] == "storage_error"
+    assert (await quiet.request("get_state", key="k"))["type"] == "state_result"
+    assert len(world.mesh.links) == 2
+
+
 @spec("TURN-2")
 @story
 async def test_an_acknowledgement_in_an_undone_turn_is_not_forgotten(world):
