@@ -19,7 +19,8 @@ outlives its socket by a grace. A `Link` is one socket. One timer (`Broker.tick`
 
 Sections: 1 settings and tables, 2 metrics, limits, log, 3 pushes and links, 4 peers and meshes,
 5 delivery, 6 the turn, 7 life of a connection, 8 handlers: delivery, 9 handlers: presence,
-10 handlers: state, audit, info, 11 HTTP routes, 12 start, tick, stop, 13 command line.
+10 handlers: state, audit, info, 11 handlers: vectors and SQL, 12 HTTP routes, 13 start, tick, stop,
+14 command line.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import importlib
 import ipaddress
 import json
 import os
@@ -41,7 +43,7 @@ import ssl
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring as quote
 from pathlib import Path
@@ -103,6 +105,11 @@ LENGTHS: dict[str, dict[str, int]] = {
     "join_group": {"name": 64, "role": 64},
     "set_state": {"key": 256},
     "get_state": {"key": 256},
+    "vector_store": {"collection": 128, "text": 8192},
+    "vector_search": {"collection": 128, "query": 1024},
+    "vector_delete": {"collection": 128, "id": 64},
+    "mesh_query": {"sql": 256 * 1024},
+    "mesh_execute": {"sql": 256 * 1024},
 }
 STATE_VALUE_BYTES = 256 * 1024
 STATE_TOTAL_BYTES = 1_500_000  #: all keys and values of a mesh, so that `state_list` fits into one message
@@ -110,6 +117,12 @@ PROFILE_BYTES = 8 * 1024
 REPLY_CHARACTERS = wire.MAX_MESSAGE_BYTES // 2  #: of an answer; a character has two bytes on the average at most
 PUSH_OVERHEAD = 4096  #: what a push adds to nonce and ciphertext: ids, keys, names, target
 MAX_GROUPS = 64
+VECTOR_METADATA_BYTES = 16 * 1024
+VECTOR_RESULTS = (10, 100)  #: default and largest number of texts vector_search finds
+VECTOR_ANSWER_BYTES = 768 * 1024  #: what does not fit is left out, the least similar first (VEC-7)
+EMBED_BATCH = 64  #: texts an embedder is given at once
+READERS = 2  #: searches and queries of one mesh that run at the same time
+AT_WORK = 128  #: requests of one mesh that run in threads or wait for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +142,7 @@ class Settings:
     send_rate: int = 0  #: sends per second and connection, 0 = unlimited
     status_ttl: int = STATUS_TTL_MS
     admin_token: str = ""  #: lets its bearer create meshes from elsewhere than loopback
+    embedder: str = ""  #: module:function that vector_search asks, from a list of texts to lists of floats
 
     def check(self) -> None:
         """Raises `UsageError` for settings that make no sense."""
@@ -293,7 +307,7 @@ class Link:
 
     __slots__ = ("hub", "conn", "task", "opened", "heard", "pinged", "mesh", "peer", "out", "out_bytes",
                  "speaking", "fresh", "pushed", "inflight", "unshown", "by_id", "written", "acks",
-                 "shows_target", "resuming", "closed", "closing", "sent", "acked")
+                 "shows_target", "resuming", "aside", "closed", "closing", "sent", "acked")
 
     def __init__(self, hub: Broker, conn: wire.Connection, task: asyncio.Task[Any], now: float) -> None:
         self.hub, self.conn, self.task = hub, conn, task
@@ -311,6 +325,7 @@ class Link:
         self.written: list[tuple[int, str]] = []  #: rows final once the socket has taken them
         self.acks = self.shows_target = False
         self.resuming: asyncio.Task[None] | None = None
+        self.aside = asyncio.Lock()  #: held by the one request that is at work in a thread
         self.closed = False  #: nothing that arrives is handled any more
         self.closing: tuple[int, str] | None = None  #: the close frame that ends this turn's writing
         self.sent = 0  #: how many of `written` were written in earlier turns
@@ -500,6 +515,9 @@ class Mesh:
         self.pruned_at = 0.0
         self.unmoved = 0  #: commits since the last checkpoint
         self.verifying = False  #: an audit verification is under way
+        self.tables = storage.sql_tables(store.directory)  #: of the members' own database
+        self.readers, self.writer = asyncio.Semaphore(READERS), asyncio.Lock()  #: of `sql.db`, and of searches
+        self.at_work = 0
 
     def enrolled(self, member: Member) -> None:
         """Takes a member into the roster."""
@@ -1308,7 +1326,8 @@ def on_mesh_info(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
         frame, "mesh_info_result", mesh=mesh.id, peers=len(shown),
         groups=sorted({f"@{name}" for p in shown for name in p.groups}),
         stateKeys=[row.key for row in mesh.store.list_state()], memoryCount=0, fileCount=0,
-        tasks={"open": 0, "claimed": 0, "done": 0}, streams=[], tables=[], collections=[],
+        tasks={"open": 0, "claimed": 0, "done": 0}, streams=[], tables=mesh.tables,
+        collections=mesh.store.collections(),
         yourName=peer.name, yourGroups=peer.group_list())
 
 
@@ -1341,6 +1360,158 @@ def on_audit_verify(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     hub.later(link, frame, verify(), "audit_verify_error")
 
 
+# --- 11. Handlers: vectors and SQL ----------------------------------------------------------------
+# What a member can make long runs in a thread, on a connection of its own, after what was asked before.
+
+
+def on_vector_store(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """vector_store: keeps a text in a collection, where it can be found by similarity (SPEC VEC-1)."""
+    mesh, metadata = link.mesh, frame.get("metadata") or {}
+    if not frame["collection"].strip():
+        raise Refused("malformed", "vector_store.collection: empty")
+    if not storage.words(frame["text"]):
+        raise Refused("vector_error", "the text has no word to find it by")
+    if len(encode(metadata).encode()) > VECTOR_METADATA_BYTES:
+        raise Refused("too_large", f"vector_store.metadata: longer than {VECTOR_METADATA_BYTES} bytes")
+    try:
+        id = mesh.store.add_vector(frame["collection"], frame["text"], metadata, link.peer.member.pubkey, hub.clock())
+    except storage.StoreError:
+        raise Refused("limit", f"a mesh has at most {storage.MAX_COLLECTIONS} collections") from None  # VEC-8
+    link.reply(frame, "vector_stored", id=id)
+
+
+def on_vector_search(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """vector_search: the most similar texts of a collection, best first (SPEC VEC-4 to VEC-7)."""
+    mesh, name, query = link.mesh, frame["collection"], frame["query"]
+    _require_collection(mesh, name)
+    if not storage.words(query):
+        raise Refused("vector_error", "the query has no word to search for")
+    default, most = VECTOR_RESULTS
+    limit = max(1, min(int(frame.get("limit") or default), most))
+
+    async def find() -> None:
+        async with hub.aside(link, mesh.readers):
+            if hub.embedder is not None:
+                hits = await _nearest(hub, mesh, name, query, limit)
+            else:
+                hits = await asyncio.to_thread(storage.search, hub.directory(mesh.slug), name, query, limit)
+        link.reply(frame, "vector_results", results=_vector_results(mesh, hits))
+
+    hub.later(link, frame, find(), "vector_error")
+
+
+def _require_collection(mesh: Mesh, name: str) -> None:
+    if mesh.store.collection(name) is None:
+        raise Refused("not_found", f"no collection {name[:70]!r}")
+
+
+def _vector_results(mesh: Mesh, hits: Iterable[tuple[storage.Vector, float]]) -> list[dict[str, Any]]:
+    """The entries of an answer, as many as fit into it (SPEC VEC-7)."""
+    results: list[dict[str, Any]] = []
+    size = 0
+    for row, score in hits:
+        reserved = {"text": row.text, "mesh_id": mesh.id, "stored_by": row.stored_by, "stored_at": iso(row.stored_at)}
+        entry = {"id": row.id, "text": row.text, "score": score, "metadata": row.metadata | reserved}  # VEC-2
+        size += len(encode(entry).encode())
+        if size > VECTOR_ANSWER_BYTES:
+            break
+        results.append(entry)
+    return results
+
+
+def on_vector_delete(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """vector_delete: takes one text out of a collection (SPEC VEC-1)."""
+    _require_collection(link.mesh, frame["collection"])
+    if not link.mesh.store.delete_vector(frame["collection"], frame["id"]):
+        raise Refused("not_found", f"no text {frame['id']!r} in collection {frame['collection'][:70]!r}")
+    link.reply(frame, "ack", id=frame["id"], messageId="", queued=False)
+
+
+def on_list_collections(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_collections: the collections that hold a text (SPEC VEC-8)."""
+    link.reply(frame, "collection_list", collections=link.mesh.store.collections())
+
+
+def load_embedder(spec: str) -> Callable[[list[str]], Any]:
+    """The function that `module:function` names. Raises `UsageError`."""
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a module of somebody else's does when it is imported
+        raise UsageError(f"embedder {spec}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise UsageError(f"embedder {spec}: not a function")
+    return function
+
+
+def embed(function: Callable[[list[str]], Any], texts: list[str]) -> list[bytes]:
+    """What the embedder makes of texts, packed. Raises `StoreError` when it fails or makes no sense."""
+    try:
+        packed = [storage.pack(list(vector)) for vector in function(texts)]
+    except Exception as error:
+        raise storage.StoreError(f"the embedder failed: {type(error).__name__}") from None
+    if len(packed) != len(texts) or len({len(vector) for vector in packed}) != 1:
+        raise storage.StoreError(f"the embedder did not return {len(texts)} lists of one length")
+    return packed
+
+
+async def _nearest(hub: Broker, mesh: Mesh, name: str, query: str, limit: int) -> list[tuple[storage.Vector, float]]:
+    """The best of a collection by the operator's embedder, which is first shown what it has not seen (SPEC VEC-9)."""
+    async with hub.embedding:
+        [asked] = await asyncio.to_thread(embed, hub.embedder, [query])
+        label = f"{hub.settings.embedder}/{len(asked)}"
+        while rows := mesh.store.not_embedded(name, label, EMBED_BATCH):
+            packed = await asyncio.to_thread(embed, hub.embedder, [text for _, text in rows])
+            if len(packed[0]) != len(asked):
+                raise storage.StoreError("the embedder returns lists of different lengths")
+            mesh.store.set_embeddings(label, zip((vector for vector, _ in rows), packed, strict=True))
+            hub.touch(mesh)
+            hub.end_turn()
+            if mesh in hub.sick:
+                raise Refused("storage_error", wire.ERRORS["storage_error"])
+    return await asyncio.to_thread(storage.nearest, hub.directory(mesh.slug), name, label, asked, limit)
+
+
+def on_mesh_query(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """mesh_query: the rows of one statement that reads `sql.db` (SPEC SQL-2)."""
+    mesh = link.mesh
+
+    async def query() -> None:
+        async with hub.aside(link, mesh.readers):
+            _reply_rows(link, frame, await asyncio.to_thread(storage.sql_query, hub.directory(mesh.slug), frame["sql"]))
+
+    hub.later(link, frame, query(), "query_error")
+
+
+def on_mesh_execute(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """mesh_execute: runs statements on `sql.db` as one transaction (SPEC SQL-5)."""
+    mesh = link.mesh
+
+    async def execute() -> None:
+        async with hub.aside(link, mesh.writer):
+            result = await asyncio.to_thread(storage.sql_execute, hub.directory(mesh.slug), frame["sql"])
+            mesh.tables = result.tables
+            _reply_rows(link, frame, result)
+
+    hub.later(link, frame, execute(), "execute_error")
+
+
+def _reply_rows(link: Link, frame: dict[str, Any], result: storage.SqlResult) -> None:
+    link.reply(frame, "mesh_query_result", columns=result.columns, rows=result.rows, rowCount=result.count)
+
+
+def on_mesh_schema(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """mesh_schema: the tables of `sql.db` and their columns (SPEC SQL-8)."""
+    mesh = link.mesh
+
+    async def describe() -> None:
+        async with hub.aside(link, mesh.readers):
+            tables = await asyncio.to_thread(storage.sql_schema, hub.directory(mesh.slug))
+        link.reply(frame, "mesh_schema_result", tables=tables)
+
+    hub.later(link, frame, describe(), "schema_error")
+
+
 #: message type: its handler. What the table knows and this does not is `not_implemented`.
 HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "send": on_send, "client_ack": on_client_ack, "message_status": on_message_status,
@@ -1349,10 +1520,13 @@ HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "join_group": on_join_group, "leave_group": on_leave_group, "list_peers": on_list_peers,
     "set_state": on_set_state, "get_state": on_get_state, "list_state": on_list_state,
     "mesh_info": on_mesh_info, "audit_query": on_audit_query, "audit_verify": on_audit_verify,
+    "vector_store": on_vector_store, "vector_search": on_vector_search, "vector_delete": on_vector_delete,
+    "list_collections": on_list_collections,
+    "mesh_query": on_mesh_query, "mesh_execute": on_mesh_execute, "mesh_schema": on_mesh_schema,
 }
 
 
-# --- 11. HTTP routes ------------------------------------------------------------------------------
+# --- 12. HTTP routes ------------------------------------------------------------------------------
 
 #: On every answer (SPEC HTTP-28).
 CORS = (("Access-Control-Allow-Origin", "*"), ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, OPTIONS"),
@@ -1640,7 +1814,7 @@ def refusal(error: HttpError, *, head: bool) -> bytes:
     return wire.error_response(error, headers=CORS, head=head)
 
 
-# --- 12. Start, tick, stop ------------------------------------------------------------------------
+# --- 13. Start, tick, stop ------------------------------------------------------------------------
 
 
 class Broker(Turn):
@@ -1673,6 +1847,8 @@ class Broker(Turn):
         self.join_buckets = Buckets(*JOIN_RATE)
         rate = self.settings.send_rate
         self.send_buckets = Buckets(rate, 1.0) if rate else None
+        self.embedder = load_embedder(self.settings.embedder) if self.settings.embedder else None
+        self.embedding = asyncio.Lock()  #: the embedder is somebody else's: it is called once at a time
         self.tasks: set[asyncio.Task[Any]] = set()
         self.url = ""
 
@@ -2001,7 +2177,12 @@ class Broker(Turn):
             self.fail_turn(mesh, "storage_error", f"not stored: {error}")
 
     def later(self, link: Link, frame: dict[str, Any], work: Coroutine[Any, Any, None], code: str) -> None:
-        """Runs `work`, which answers `frame` itself, beside the connection; a failure becomes an `error`."""
+        """Runs `work`, which answers `frame` itself, beside the connection; a failure becomes an `error`, `code`
+        if it is a `StoreError`. Raises `Refused` when the mesh has too much at work (SPEC SQL-9)."""
+        mesh = link.mesh
+        if mesh.at_work >= AT_WORK:
+            work.close()
+            raise Refused("rate_limited", f"{AT_WORK} requests of this mesh are at work or waiting")
 
         async def run() -> None:
             try:
@@ -2010,10 +2191,16 @@ class Broker(Turn):
                 self.refuse(link, frame, Refused(code, str(error)))
             except Refused as error:
                 self.refuse(link, frame, error)
+            except sqlite3.Error as error:
+                self.fail_turn(mesh, "storage_error", f"not stored: {error}")
+                self.refuse(link, frame, Refused("storage_error", wire.ERRORS["storage_error"]))
             except Exception as error:
                 self.log_fault(str(frame.get("type")), error)
                 self.refuse(link, frame, Refused("internal", wire.ERRORS["internal"]))
+            finally:
+                mesh.at_work -= 1
 
+        mesh.at_work += 1
         self._start(run())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -2021,6 +2208,18 @@ class Broker(Turn):
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    @contextlib.asynccontextmanager
+    async def aside(self, link: Link, gate: asyncio.Lock | asyncio.Semaphore) -> AsyncIterator[None]:
+        """The time in which a request may be at work in a thread: after those that its connection asked for before, so
+        that the answers keep their order, and when `gate` has room. What the turn has written is committed, for
+        the thread to see (SPEC VEC-6). A reader whose connection has ended is not served (SPEC SQL-9)."""
+        async with link.aside, gate:
+            if link.closed and gate is link.mesh.readers:
+                raise storage.StoreError("the connection has ended")
+            if link.mesh.store.changed:
+                self.end_turn()
+            yield
 
     def when_room(self, link: Link) -> None:
         """Drains the link's peer again once its socket has taken what is buffered (SPEC DELIV-12)."""
@@ -2182,7 +2381,7 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-# --- 13. Command line -----------------------------------------------------------------------------
+# --- 14. Command line -----------------------------------------------------------------------------
 
 
 def default_data() -> Path:
@@ -2214,6 +2413,8 @@ def parser() -> argparse.ArgumentParser:
                          help="longest message (default and most: %(default)s)")
     options.add_argument("--max-connections", type=int, default=100, metavar="N", help="per mesh (default: %(default)s)")
     options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection (default: no limit)")
+    options.add_argument("--embedder", default="", metavar="MODULE:FUNCTION",
+                         help="compares texts by this importable function, from a list of texts to lists of floats")
     options.add_argument("--admin-token", default=os.environ.get("CLAUDEMESH_ADMIN_TOKEN", ""), metavar="TOKEN",
                          help="lets its bearer create meshes from other machines (or CLAUDEMESH_ADMIN_TOKEN)")
     return options

@@ -1439,6 +1439,56 @@ def _state_line(args: Json, reply: Json) -> str:
     return "{key!r} = {value!r} (set by {updatedBy}, {updatedAt})".format_map(Field(reply))
 
 
+def _hits(args: Json, reply: Json) -> str:
+    """vector_search: id, score, text and the caller's metadata, a line each (VEC-10)."""
+    lines = []
+    for hit in reply["results"]:
+        extra = {key: value for key, value in (hit.get("metadata") or {}).items() if key not in STORED_KEYS}
+        lines.append(f"- {hit['id']} {hit['score']:.3f} {one_line(hit['text'])}" + (f" {_json(extra)}" if extra else ""))
+    return _bounded([f"{len(lines)} of {_json(args['collection'])}:", *lines])
+
+
+def _table(reply: Json) -> list[str]:
+    """Rows as lines of a Markdown table; what would break it is escaped (SQL-10)."""
+    cells = [reply["columns"], ["---"] * len(reply["columns"]), *([row[name] for name in reply["columns"]]
+                                                                  for row in reply["rows"])]
+    return ["| " + " | ".join(map(_table_cell, row)) + " |" for row in cells] if reply["columns"] else []
+
+
+def _table_cell(value: object) -> str:
+    return _sql_cell(value).replace("\\", "\\\\").replace("|", "\\|").replace("\r", " ").replace("\n", "<br>")
+
+
+def _bounded(lines: list[str]) -> str:
+    """As many lines as a host shows, and how many are left out."""
+    size = 0
+    for at, line in enumerate(lines):
+        size += len(line) + 1
+        if at and size > RESULT_CHARS:
+            return "\n".join([*lines[:at], f"({len(lines) - at} more lines; ask for less)"])
+    return "\n".join(lines)
+
+
+def _query_result(args: Json, reply: Json) -> str:
+    return _bounded([f"{reply['rowCount']} rows", *_table(reply)])
+
+
+def _execute_result(args: Json, reply: Json) -> str:
+    return _bounded([f"Done; {reply['rowCount']} rows changed.", *_table(reply)])
+
+
+def _schema_lines(args: Json, reply: Json) -> str:
+    """mesh_schema: a line for each table."""
+    lines = []
+    for table in reply["tables"]:
+        columns = [f"{one_line(column['name'])} {one_line(column['type'])}{'' if column['nullable'] else ' not null'}"
+                   for column in table["columns"]]
+        lines.append(f"**{one_line(table['name'])}**: {', '.join(columns)}")
+    return _bounded(lines or ["There is no table yet; mesh_execute makes one."])
+
+
+STORED_KEYS = {"text", "mesh_id", "stored_by", "stored_at"}  # what the broker itself puts into metadata
+SQL_ARGUMENT = "SQL in the dialect of SQLite"
 MESH_ARGUMENT = _text("Slug or id of the mesh; needed only where several are joined.")
 PRIORITIES = ("now", "next", "low")
 
@@ -1503,6 +1553,28 @@ TOOLS = (
     Tool("ping_mesh", "Diagnose this session's connection: time to the broker and back, socket, own status, which "
          "priorities get through now, message mode. Disturbs nobody.",
          {"priorities": _texts("Which priorities to judge (default all).", *PRIORITIES)}, READ, handler="ping_mesh"),
+    Tool("vector_store", "Keep a text in a collection of the mesh, where vector_search finds it by similarity.",
+         {"collection!": _text("Name of the collection; it is made when it is new."), "text!": _text("The text."),
+          "metadata": {"type": "object", "description": "Whatever should come back with the text."}},
+         WRITE, "vector_store", "Stored in {collection!r}: {id}."),
+    Tool("vector_search", "Find the texts of a collection that are most similar to a query: shared words, stems and "
+         "spellings count, not meaning. Scores are from 0 to 1.",
+         {"collection!": _text("Name of the collection."), "query!": _text("What to look for."),
+          "limit": {"type": "integer", "minimum": 1, "maximum": 100, "description": "At most so many (default 10)."}},
+         READ, "vector_search", _hits),
+    Tool("vector_delete", "Delete one text from a collection.",
+         {"collection!": _text("Name of the collection."), "id!": _text("The whole id, as vector_search shows it.")},
+         WRITE, "vector_delete", "Deleted {id} from {collection!r}."),
+    Tool("list_collections", "List the collections of texts in the mesh.", {},
+         READ, "list_collections", ("collections", "- {item!r}", "There is no collection yet.")),
+    Tool("mesh_query", "Read the mesh's own database with one SELECT. At most 1000 rows.",
+         {"sql!": _text(f"{SQL_ARGUMENT}, one statement.")}, READ, "mesh_query", _query_result),
+    Tool("mesh_execute", "Change the mesh's own database, shared by all peers: CREATE, INSERT, UPDATE, DELETE ... "
+         "Several statements are one transaction.",
+         {"sql!": _text(f"{SQL_ARGUMENT}, statements divided by semicolons.")},
+         WRITE, "mesh_execute", _execute_result),
+    Tool("mesh_schema", "Show the tables and columns of the mesh's own database.", {},
+         READ, "mesh_schema", _schema_lines),
 )
 TOOL = {tool.name: tool for tool in TOOLS}
 
@@ -1662,7 +1734,8 @@ check_messages lists everything not shown yet; call it at natural pauses if no c
 
 Other tools (search for them by name): list_peers (who is here), set_summary (do this when work starts), set_status \
 (idle, working, dnd), set_visible, set_profile, join_group, leave_group, set_state, get_state, list_state (shared \
-keys), mesh_info, mesh_stats, ping_mesh (when something seems stuck).
+keys), vector_store, vector_search (texts by similarity), mesh_query, mesh_execute (a shared SQL database), mesh_info, \
+mesh_stats, ping_mesh (when something seems stuck).
 
 Message mode is {mode}: {meaning}."""
 
@@ -3177,6 +3250,28 @@ async def _do_state_list(args: argparse.Namespace) -> None:
                                  "AT": lambda entry: _local_time(entry["updatedAt"])})
 
 
+async def _do_sql(args: argparse.Namespace) -> None:
+    """Ask or change the mesh's own database; without a statement, show its tables (SQL-10)."""
+    sql = _stdin_text() if args.sql == "-" else args.sql
+    async with _quiet(args) as client:
+        if sql is None:
+            tables = (await client.request("mesh_schema"))["tables"]
+            rows = [{"table": table["name"], **column} for table in tables for column in table["columns"]]
+            return _print_table(args, rows, {"TABLE": "table", "COLUMN": "name", "TYPE": "type",
+                                             "NULLABLE": lambda row: _json(row["nullable"])})
+        reply = await client.request("mesh_execute" if args.write else "mesh_query", sql=sql)
+    if args.json:
+        return _print_json(_without(reply, "type", "_reqId"))
+    if reply["columns"]:
+        _print_rows([reply["columns"], *(map(_sql_cell, map(row.get, reply["columns"])) for row in reply["rows"])])
+    if args.write:
+        print(f"rows changed: {reply['rowCount']}")
+
+
+def _sql_cell(value: object) -> str:
+    return "" if value is None else value if isinstance(value, str) else _json(value)
+
+
 async def _do_info(args: argparse.Namespace) -> None:
     """One look at a mesh: who this machine is there, and what the broker knows of it."""
     async with _quiet(args) as client:
@@ -3536,6 +3631,11 @@ COMMANDS = {  # CLI-2
     "state set": Command("Talking", _do_state_set, "write a shared key", (
         _KEY, _argument("value", metavar="VALUE", help="JSON, else it is taken as text"), _MESH, _JSON)),
     "state list": Command("Talking", _do_state_list, "all shared keys", (_MESH, _JSON)),
+    "sql": Command("Talking", _do_sql, "ask or change the mesh's own database", (
+        _argument("sql", metavar="SQL", nargs="?", help="the statement; - reads it from standard input; without it, "
+                                                        "the tables are listed"),
+        _argument("--write", action="store_true", help="change the database; several statements are one transaction"),
+        _MESH, _JSON)),
     "info": Command("Talking", _do_info, "a mesh at a glance", (_MESH, _JSON)),
     "mcp": Command("Run", run_mcp, "be the MCP server of an AI session, on stdin and stdout", ()),
     "broker": Command("Run", _do_broker, "run a broker in the foreground", ()),

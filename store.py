@@ -33,26 +33,44 @@ Invariants of the schema
                  when a connection ends. priority and expires_at repeat the message's, so that the gate and the
                  expiry are ranges of an index. held_for is the member key that gets the row when its session ends.
     state        one row per key; version counts its writes from 1.
+    collection   a name as it was given; texts counts its vector rows, and the row goes with the last of them.
+    vector       a stored text; terms holds the keys of its postings, so that it can be taken out again.
+    term         in how many texts of a collection a term occurs: texts counts its postings. The key is the collection's
+                 seq in the upper half, the hash of the term in the lower.
+    posting      the share of a term in a text; the shares of one text, squared, add up to 1.
     audit        id is the position in the chain, from 1 without gaps, so two entries cannot follow the same one;
                  prev_hash is the hash of the row before, `genesis` for the first; rows can neither be changed nor
                  deleted. The payload is the very text that was hashed.
 
+The members' own database, `sql.db` beside `mesh.db`, belongs to them: section 16 only guards it.
+
 Sections: 1 constants and tables, 2 schema, 3 rows, 4 opening a database, 5 the audit chain, 6 the store (opening and
-transactions), 7 members and invites, 8 sessions, 9 messages, 10 deliveries, 11 state, 12 audit log, 13 retention.
+transactions), 7 members and invites, 8 sessions, 9 messages, 10 deliveries, 11 state, 12 audit log, 13 retention,
+14 vectors, 15 comparing texts, 16 the members' own database.
 """
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
 import sqlite3
+import sys
 import time
+import unicodedata
+import zlib
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache
+from heapq import nlargest
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +84,46 @@ GENESIS = "genesis"  # AUDIT-3: what the first entry names as its predecessor
 BUSY_TIMEOUT_S = 2.0  # for foreign tools that hold the file for a moment (backup, replication)
 CACHE_KIB = 16 * 1024
 WAL_KEEP_BYTES = 64 * 1024 * 1024
-DATABASE, LOCK = "mesh.db", "lock"
+DATABASE, SQL_DATABASE, LOCK = "mesh.db", "sql.db", "lock"
 SYNCHRONOUS = ("FULL", "NORMAL", "OFF")
+
+MAX_COLLECTIONS = 1000  # VEC-8
+GRAM = 3  # VEC-3: characters of the pieces of a word
+SEARCH_POSTINGS = 10_000  # VEC-5: how many postings the first pass of a search reads
+SEARCH_CANDIDATES = 128  # VEC-5: how many texts the second pass compares
+
+# SQL-6: what one request about the members' own database may take
+SQL_SECONDS = 4.0  # a stock client gives up after five
+SQL_ROWS = 1000
+SQL_RESULT_BYTES = 768 * 1024
+SQL_VALUE_BYTES = 256 * 1024
+SQL_DATABASE_BYTES = 64 * 1024 * 1024
+SQL_TOKENS = 500_000  # of a statement in which every WITH name is replaced by what it stands for
+SQL_LOOK_EVERY = 1000  # SQLite's instructions between two looks at the clock
+SQL_LIMITS = {sqlite3.SQLITE_LIMIT_LENGTH: SQL_VALUE_BYTES, sqlite3.SQLITE_LIMIT_COLUMN: 200,
+              sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 200, sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+              sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 1000}
+SQL_PAGE_BYTES = 4096
+SQL_READER = ("PRAGMA query_only = 1",)
+SQL_WRITER = (f"PRAGMA page_size = {SQL_PAGE_BYTES}", "PRAGMA journal_mode = WAL",  # a long query holds up no change
+              "PRAGMA foreign_keys = 1", f"PRAGMA max_page_count = {SQL_DATABASE_BYTES // SQL_PAGE_BYTES}",
+              "BEGIN IMMEDIATE")
+LARGEST_EXACT = 2**53  # SQL-4: integers beyond it do not survive a reader that has only doubles
+
+#: What the authorizer admits, and how it names the rest (SQL-2, SQL-3).
+SQL_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+SQL_WRITES = SQL_READS | {
+    sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_CREATE_TABLE,
+    sqlite3.SQLITE_DROP_TABLE, sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
+    sqlite3.SQLITE_REINDEX, sqlite3.SQLITE_ANALYZE, sqlite3.SQLITE_SAVEPOINT}
+SQL_PRAGMAS = {"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list"}
+SQL_FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
+SQL_REFUSED = {
+    sqlite3.SQLITE_ATTACH: "ATTACH and VACUUM are", sqlite3.SQLITE_DETACH: "DETACH is",
+    sqlite3.SQLITE_TRANSACTION: "BEGIN, COMMIT and ROLLBACK are", sqlite3.SQLITE_CREATE_VTABLE: "a virtual table is",
+    sqlite3.SQLITE_CREATE_VIEW: "a view is", sqlite3.SQLITE_CREATE_TRIGGER: "a trigger is",
+    sqlite3.SQLITE_CREATE_TEMP_TABLE: "a temporary table is", sqlite3.SQLITE_CREATE_TEMP_VIEW: "a temporary view is",
+    sqlite3.SQLITE_CREATE_TEMP_TRIGGER: "a temporary trigger is"}
 
 #: Stored number of each delivery state (STORE-11). SQL texts below write the numbers.
 #: delivered: acknowledged by a client that will also report shown; queued again when its connection ends.
@@ -170,6 +226,22 @@ CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 
 CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'audit is append-only'); END;
 """
 
+SCHEMA_VECTORS = """
+CREATE TABLE collection (seq INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, texts INTEGER NOT NULL) STRICT;
+
+CREATE TABLE vector (
+  seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, collection INTEGER NOT NULL REFERENCES collection(seq),
+  text TEXT NOT NULL, metadata TEXT NOT NULL, terms BLOB NOT NULL, stored_by TEXT NOT NULL, stored_at INTEGER NOT NULL,
+  embedder TEXT, embedding BLOB) STRICT;
+CREATE INDEX vector_collection ON vector(collection, embedder);
+
+CREATE TABLE term (key INTEGER PRIMARY KEY, texts INTEGER NOT NULL) STRICT;
+
+CREATE TABLE posting (
+  key INTEGER NOT NULL, vector INTEGER NOT NULL REFERENCES vector(seq), share REAL NOT NULL,
+  PRIMARY KEY (key, vector)) STRICT, WITHOUT ROWID;
+"""
+
 # The inserts of the hot path, in the order in which a turn's rows go in.
 INSERT_MESSAGE = "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 INSERT_DELIVERY = ("INSERT INTO delivery(message, recipient, held_for, sealed_key, priority, expires_at) "
@@ -177,7 +249,7 @@ INSERT_DELIVERY = ("INSERT INTO delivery(message, recipient, held_for, sealed_ke
 INSERT_AUDIT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 #: MIGRATIONS[n] takes a database from user_version n to n + 1. To change the schema, append a script; never edit one.
-MIGRATIONS = [SCHEMA_1]
+MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS]
 
 
 # --- 3. Rows ----------------------------------------------------------------------------------------------------------
@@ -303,6 +375,23 @@ class AuditRow(NamedTuple):
     created_at: int
 
 
+class Vector(NamedTuple):
+    """A stored text; `stored_by` is a member key."""
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    stored_by: str
+    stored_at: int
+
+
+class SqlResult(NamedTuple):
+    """What a request about `sql.db` gave: rows by column name, and how many were returned or changed."""
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    count: int
+    tables: list[str] = []  # after a change: the tables there are now
+
+
 class AuditVerdict(NamedTuple):
     """`entries` is the length of the chain, `broken_at` the id of the first bad entry, `head` the last stored hash."""
     valid: bool
@@ -319,9 +408,9 @@ def _select(kind: type, table: str) -> str:
 SELECT_MESH, SELECT_MEMBER = _select(Mesh, "mesh"), _select(Member, "member")
 SELECT_INVITE, SELECT_SESSION_KEY = _select(Invite, "invite"), _select(SessionKey, "session_key")
 SELECT_SAVED, SELECT_STATE = _select(Saved, "saved"), _select(StateRow, "state")
-SELECT_MESSAGE = _select(MessageRow, "message")
+SELECT_MESSAGE, SELECT_VECTOR = _select(MessageRow, "message"), _select(Vector, "vector")
 
-JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload"}
+JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload", "metadata"}
 BOOL_FIELDS = {"proven", "sealed", "visible"}
 
 
@@ -409,9 +498,9 @@ def _migrate(db: sqlite3.Connection) -> None:
             raise
 
 
-def _read_only(directory: Path | str) -> sqlite3.Connection:
+def _read_only(directory: Path | str, name: str = DATABASE) -> sqlite3.Connection:
     """A connection of one's own that cannot write, for other threads and other processes."""
-    path = Path(directory).resolve() / DATABASE
+    path = Path(directory).resolve() / name
     return sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
 
 
@@ -488,14 +577,14 @@ class Store:
 
         `new_id` makes the ids of members and invites, 32 characters of 0-9A-Za-z. Raises StoreError.
         """
-        self._directory = Path(directory)
-        path = self._directory / DATABASE
+        self.directory = Path(directory)
+        path = self.directory / DATABASE
         if not path.is_file():
-            raise StoreError(f"{self._directory.name} holds no {DATABASE}")
+            raise StoreError(f"{self.directory.name} holds no {DATABASE}")
         self._new_id = new_id
         self._wal = path.with_name(DATABASE + "-wal")
         with ExitStack() as undo:
-            undo.callback(os.close, lock(self._directory))
+            undo.callback(os.close, lock(self.directory))
             self._db = undo.enter_context(closing(_connect(path, synchronous)))
             with _refusals(path):
                 self._begin_service()
@@ -530,7 +619,7 @@ class Store:
         self._spilled = True
         mesh: Mesh | None = _read(Mesh, self._one(SELECT_MESH))
         if mesh is None:
-            raise StoreError(f"{self._directory.name}/{DATABASE} holds no mesh")
+            raise StoreError(f"{self.directory.name}/{DATABASE} holds no mesh")
         self._mesh = mesh
         self._page_size: int = self._one("PRAGMA page_size")[0]
         self._seq: int = self._one("SELECT ifnull(max(seq), 0) FROM message")[0]
@@ -986,3 +1075,375 @@ class Store:
         for state in states:
             self._write("DELETE FROM saved WHERE member_id = ? AND session_id = ?", state)
         return len(keys) + len(states)
+
+    # --- 14. Vectors --------------------------------------------------------------------------------------------------
+
+    def collections(self) -> list[str]:
+        """The names of the collections that hold a text, in order (VEC-8)."""
+        return [name for name, in self._execute("SELECT name FROM collection ORDER BY name")]
+
+    def collection(self, name: str) -> int | None:
+        """The number of a collection; None when no text is in it."""
+        found = self._one("SELECT seq FROM collection WHERE name = ?", name)
+        return found[0] if found else None
+
+    def add_vector(self, collection: str, text: str, metadata: Mapping[str, Any], member_key: str, now: int) -> str:
+        """Keep a text, indexed by its terms (VEC-3), and return its id. StoreError "limit": no room for a collection."""
+        if self.collection(collection) is None and self._one("SELECT count(*) FROM collection")[0] >= MAX_COLLECTIONS:
+            raise StoreError("limit")
+        [(seq,)] = self._write("INSERT INTO collection(name, texts) VALUES (?, 1) ON CONFLICT (name) "
+                               "DO UPDATE SET texts = texts + 1 RETURNING seq", (collection,)).fetchall()
+        shares = {_key(seq, term): share for term, share in unit(sublinear(terms(text))).items()}
+        id = self._new_id()
+        vector = self._write("INSERT INTO vector(id, collection, text, metadata, terms, stored_by, stored_at) "
+                             "VALUES (?, ?, ?, ?, ?, ?, ?)", (id, seq, text, compact(metadata),
+                                                              array("q", shares).tobytes(), member_key, now)).lastrowid
+        self._cursor.executemany("INSERT INTO posting VALUES (?, ?, ?)",
+                                 [(key, vector, share) for key, share in shares.items()])
+        self._cursor.executemany("INSERT INTO term VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET texts = texts + 1",
+                                 [(key,) for key in shares])
+        return id
+
+    def delete_vector(self, collection: str, id: str) -> bool:
+        """Take a text and all that was indexed of it out of a collection; False when it is not there."""
+        seq = self.collection(collection)
+        found = self._one("SELECT seq, terms FROM vector WHERE id = ? AND collection = ?", id, seq)
+        if found is None:
+            return False
+        vector, keys = found[0], [(key,) for key in array("q", found[1])]
+        self._write("UPDATE collection SET texts = texts - 1 WHERE seq = ?", (seq,))
+        self._cursor.executemany("DELETE FROM posting WHERE key = ? AND vector = ?", [(*key, vector) for key in keys])
+        self._cursor.executemany("UPDATE term SET texts = texts - 1 WHERE key = ?", keys)
+        self._cursor.executemany("DELETE FROM term WHERE key = ? AND texts = 0", keys)
+        self._write("DELETE FROM vector WHERE seq = ?", (vector,))
+        self._write("DELETE FROM collection WHERE seq = ? AND texts = 0", (seq,))
+        return True
+
+    def not_embedded(self, collection: str, embedder: str, limit: int) -> list[tuple[int, str]]:
+        """(number, text) of texts that this embedder has not seen (VEC-9), the first `limit`."""
+        return self._execute("SELECT seq, text FROM vector WHERE collection = ? AND embedder IS NOT ? LIMIT ?",
+                             (self.collection(collection), embedder, limit)).fetchall()
+
+    def set_embeddings(self, embedder: str, rows: Iterable[tuple[int, bytes]]) -> None:
+        """Keep what an embedder made of texts; (number, `pack`ed floats)."""
+        for vector, embedding in rows:
+            self._write("UPDATE vector SET embedder = ?, embedding = ? WHERE seq = ?", (embedder, embedding, vector))
+
+
+# --- 15. Comparing texts ----------------------------------------------------------------------------------------------
+# A text is a vector over its terms: words, pairs of neighbouring words, and the pieces of three characters that words are
+# made of, which stems and most of a misspelt word have in common (VEC-3). Each collection has an inverted index of them.
+
+WORD = re.compile(r"[^\W_]{1,64}|[^\w\s]{1,64}")  # what is longer is cut, so that a word's pieces are few
+MARKS = re.compile("[\u0300-\u036f]")  # the accents that NFKD takes off letters
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as they are compared: without case, accents and compatibility forms (VEC-3)."""
+    return WORD.findall(MARKS.sub("", unicodedata.normalize("NFKD", text).casefold()))
+
+
+@lru_cache(maxsize=8192)
+def _pieces(word: str) -> frozenset[int]:
+    """The hashes of a word, between spaces, and of its pieces."""
+    padded = f" {word} "
+    return frozenset(zlib.crc32(piece.encode()) for piece in
+                     [padded, *(padded[at:at + GRAM] for at in range(len(padded) - GRAM + 1))])
+
+
+def terms(text: str) -> Counter[int]:
+    """How often each term occurs, by its CRC-32 (VEC-3); empty for a text without any word."""
+    found = words(text)
+    counts: Counter[int] = Counter()
+    for word in found:
+        counts.update(_pieces(word))
+    counts.update(zlib.crc32(f"{one} {next}".encode()) for one, next in zip(found, found[1:]))
+    return counts
+
+
+def sublinear(counts: Mapping[int, int]) -> dict[int, float]:
+    """What a term counts when it occurs again and again: 1 + ln n (VEC-4)."""
+    return {term: 1 + math.log(count) for term, count in counts.items()}
+
+
+def unit(weights: Mapping[int, float]) -> dict[int, float]:
+    """The weights, scaled to a vector of length 1."""
+    length = math.sqrt(sum(weight * weight for weight in weights.values())) or 1.0
+    return {term: weight / length for term, weight in weights.items()}
+
+
+def _key(collection: int, term: int) -> int:
+    return collection << 32 | term
+
+
+def rarity(texts: int, having: int) -> float:
+    """The idf of a term that `having` of `texts` texts have: positive, and the smaller the commoner it is (VEC-4)."""
+    return math.log(1 + (texts - having + 0.5) / (having + 0.5))
+
+
+# The terms wanted are a JSON array of [key, weight]; the CROSS JOINs keep SQLite from turning the order of the loops around.
+WANTED = "(SELECT value ->> 0 AS wanted, value ->> 1 AS weight FROM json_each(?))"
+NEAR = (f"SELECT vector FROM {WANTED} CROSS JOIN posting ON posting.key = wanted "
+        "GROUP BY vector ORDER BY sum(weight * share) DESC LIMIT ?")
+SCORES = (f"SELECT near.value, sum(weight * share) FROM json_each(?) near CROSS JOIN {WANTED} "
+          "CROSS JOIN posting ON posting.key = wanted AND vector = near.value GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?")
+
+
+def search(directory: Path | str, collection: str, query: str, limit: int) -> list[tuple[Vector, float]]:
+    """The texts of a collection that are most similar to `query`, with their cosine, best first (VEC-4, VEC-5).
+
+    On a connection of its own, fit for another thread; sees what was committed. Raises StoreError.
+    """
+    with _refusals(Path(directory) / DATABASE), closing(_read_only(directory)) as db:
+        db.execute("BEGIN")  # one snapshot for all the reads
+        seq, texts = db.execute("SELECT seq, texts FROM collection WHERE name = ?", (collection,)).fetchone() or (0, 0)
+        asked = {_key(seq, term): weight for term, weight in sublinear(terms(query)).items()}
+        having = dict(db.execute("SELECT key, texts FROM term WHERE key IN (SELECT value FROM json_each(?))",
+                                 (compact(list(asked)),)))
+        wanted = unit({key: weight * rarity(texts, having.get(key, 0)) for key, weight in asked.items()})
+        near = [vector for vector, in db.execute(NEAR, (
+            compact([[key, wanted[key]] for key in _rarest(having, SEARCH_POSTINGS)]), max(limit, SEARCH_CANDIDATES)))]
+        return _found(db, db.execute(SCORES, (compact(near), compact([[key, wanted[key]] for key in having]), limit)))
+
+
+def _rarest(having: Mapping[int, int], budget: int) -> list[int]:
+    """The rarest terms, as many as have `budget` postings together, at least one (VEC-5)."""
+    chosen: list[int] = []
+    for key in sorted(having, key=having.__getitem__):
+        budget -= having[key]
+        if chosen and budget < 0:
+            break
+        chosen.append(key)
+    return chosen
+
+
+def _found(db: sqlite3.Connection, scores: Iterable[tuple[int, float]]) -> list[tuple[Vector, float]]:
+    """The rows of the best, with scores that rounding cannot carry out of 0..1."""
+    return [(_read(Vector, db.execute(SELECT_VECTOR + " WHERE seq = ?", (vector,)).fetchone()), min(max(score, 0.0), 1.0))
+            for vector, score in scores]
+
+
+def pack(vector: Sequence[float]) -> bytes:
+    """An embedding as it is kept: scaled to length 1, 32-bit floats. ValueError when it is none."""
+    length = math.sqrt(math.fsum(float(x) * float(x) for x in vector))
+    if not vector or not math.isfinite(length):
+        raise ValueError("not a list of finite numbers")
+    return array("f", [float(x) / (length or 1.0) for x in vector]).tobytes()
+
+
+def nearest(directory: Path | str, collection: str, embedder: str, query: bytes,
+            limit: int) -> list[tuple[Vector, float]]:
+    """Like `search`, by the cosine of embeddings that `pack` made (VEC-9); every text of the collection is compared."""
+    asked = array("f", query)
+    with _refusals(Path(directory) / DATABASE), closing(_read_only(directory)) as db:
+        scores = [(vector, sum(map(mul, asked, array("f", embedding)))) for vector, embedding in db.execute(
+            "SELECT v.seq, embedding FROM vector v JOIN collection c ON c.seq = collection WHERE name = ? AND embedder = ?",
+            (collection, embedder))]
+        return _found(db, nlargest(limit, scores, key=lambda row: row[1]))
+
+
+# --- 16. The members' own database ------------------------------------------------------------------------------------
+# `sql.db` is the members' to fill and to ask. Each request has a connection of its own, so it leaves nothing behind but
+# what it committed, and runs in a thread. SQLite guards it: an authorizer says what a statement may do at all, a progress
+# handler looks at the clock, limits bound values, and max_page_count bounds the file. Two things SQLite does not bound
+# are kept out: views and triggers, which make a statement larger than its text, and WITH names that multiply.
+
+TOKEN = re.compile(r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|`[^`]*(?:`|\Z)|\[[^]]*(?:\]|\Z)"""
+                   r"""|\w+|[^\w\s]""", re.DOTALL)
+
+
+class _Guard:
+    """What one request may do, and the words for what stopped it. `log` is the write-ahead log it may fill."""
+
+    def __init__(self, allowed: set[int], log: Path | None) -> None:
+        self.allowed, self.log = allowed, log
+        self.deadline = time.monotonic() + SQL_SECONDS
+        self.stopped = ""
+
+    def authorize(self, action: int, first: str | None, second: str | None, *place: str | None) -> int:
+        """SQLite asks for each thing a statement would do (SQL-2, SQL-3)."""
+        if (action, first) == (sqlite3.SQLITE_UPDATE, "sqlite_master") or (
+                action == sqlite3.SQLITE_PRAGMA and first in SQL_PRAGMAS):
+            return sqlite3.SQLITE_OK  # the former for json_each and the like; SQLite itself keeps members off that table
+        if action in self.allowed and not (action == sqlite3.SQLITE_FUNCTION and second in SQL_FORBIDDEN_FUNCTIONS):
+            return sqlite3.SQLITE_OK
+        named = {sqlite3.SQLITE_PRAGMA: f"PRAGMA {first} is", sqlite3.SQLITE_FUNCTION: f"{second}() is"} | SQL_REFUSED
+        if action in SQL_WRITES - SQL_READS and self.allowed is SQL_READS:
+            self.stopped = self.stopped or "mesh_query only reads; mesh_execute writes"
+        self.stopped = self.stopped or f"{named.get(action, 'that is')} not allowed here"
+        return sqlite3.SQLITE_DENY
+
+    def expired(self) -> bool:
+        """Whether the statement has to end now (SQL-6)."""
+        if time.monotonic() > self.deadline:
+            self.stopped = f"stopped after {SQL_SECONDS:g} s, the limit on time"
+        elif self.log is not None and self.log.exists() and self.log.stat().st_size > 2 * SQL_DATABASE_BYTES:
+            self.stopped = SQL_FULL
+        return bool(self.stopped)
+
+    def reason(self, error: Exception) -> str:
+        """One sentence, without a path, for what SQLite raised (SQL-7)."""
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        return self.stopped or SQL_REASONS.get(code) or str(error)
+
+
+SQL_FULL = f"the database is at its limit of {SQL_DATABASE_BYTES >> 20} MiB"
+SQL_REASONS = {
+    sqlite3.SQLITE_FULL: SQL_FULL,
+    sqlite3.SQLITE_TOOBIG: f"a value or row is over the limit of {SQL_VALUE_BYTES >> 10} KiB",
+} | {code: f"the database {reason}" for code, reason in REFUSALS.items() if code != sqlite3.SQLITE_FULL}
+
+
+def sql_query(directory: Path | str, sql: str) -> SqlResult:
+    """The rows of one statement that only reads (SQL-2). Raises StoreError."""
+    statements = _statements(sql)
+    if len(statements) != 1:
+        raise StoreError(f"mesh_query takes one statement, not {len(statements)}")
+    with _guarded(directory, SQL_READS) as db:
+        columns, rows = _rows(db.execute(statements[0]))
+    return SqlResult(columns, rows, len(rows))
+
+
+def sql_execute(directory: Path | str, sql: str) -> SqlResult:
+    """Run statements as one transaction (SQL-5): how many rows they changed, the rows of the last. Raises StoreError."""
+    statements = _statements(sql)
+    if not statements:
+        raise StoreError("there is no statement in it")
+    count, columns, rows = 0, [], []
+    with _guarded(directory, SQL_WRITES) as db:
+        for statement in statements:
+            cursor = db.execute(statement)
+            columns, rows = _rows(cursor)
+            count += max(cursor.rowcount, 0)
+        tables = _tables(db)
+        db.set_authorizer(None)
+        db.execute("COMMIT")  # a failure closes the connection instead, which undoes everything
+    return SqlResult(columns, rows, count, tables)
+
+
+def sql_schema(directory: Path | str) -> list[dict[str, Any]]:
+    """Tables by name with their columns by position, each {name, type, nullable} (SQL-8). Raises StoreError."""
+    with _guarded(directory, SQL_READS) as db:
+        _, rows = _rows(db.execute(
+            "SELECT t.name AS name, c.name AS 'column', c.type AS type, c.\"notnull\" OR c.pk AS filled "
+            "FROM sqlite_schema t JOIN pragma_table_info(t.name) c WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite\\_%' "
+            "ESCAPE '\\' ORDER BY t.name, c.cid"), limit=sys.maxsize)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(row["name"], []).append(
+            {"name": row["column"], "type": row["type"] or "ANY", "nullable": not row["filled"]})
+    return [{"name": name, "columns": columns} for name, columns in tables.items()]
+
+
+def sql_tables(directory: Path | str) -> list[str]:
+    """The names of the members' tables, at most SQL_ROWS; none when their database cannot be read."""
+    try:
+        with _guarded(directory, SQL_READS) as db:
+            return _tables(db)
+    except StoreError:
+        return []
+
+
+def _tables(db: sqlite3.Connection) -> list[str]:
+    return [name for name, in db.execute(
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' "
+        "ORDER BY name LIMIT ?", (SQL_ROWS,))]
+
+
+@contextmanager
+def _guarded(directory: Path | str, allowed: set[int]) -> Iterator[sqlite3.Connection]:
+    """A guarded connection to `sql.db`, for SQL_WRITES with a transaction begun; sqlite3.Error becomes StoreError."""
+    writes = allowed is SQL_WRITES
+    path = Path(directory).resolve() / SQL_DATABASE
+    guard = _Guard(allowed, path.with_name(SQL_DATABASE + "-wal") if writes else None)
+    try:
+        with closing(_connect_sql(path, writes)) as db:
+            for pragma in SQL_WRITER if writes else SQL_READER:
+                db.execute(pragma)
+            for limit, value in SQL_LIMITS.items():
+                db.setlimit(limit, value)
+            db.text_factory = lambda text: text.decode(errors="replace")
+            db.set_progress_handler(guard.expired, SQL_LOOK_EVERY)
+            db.set_authorizer(guard.authorize)
+            yield db
+    except (sqlite3.Error, sqlite3.Warning, OSError) as error:
+        reason = guard.reason(error) if not isinstance(error, OSError) else f"the database: {error.strerror}"
+        raise StoreError(reason) from None
+
+
+def _connect_sql(path: Path, writes: bool) -> sqlite3.Connection:
+    if writes:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # STORE-1
+        return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    if path.exists():
+        return _read_only(path.parent, path.name)  # SQL-1, SQL-2
+    return sqlite3.connect(":memory:", isolation_level=None)  # nobody has written yet
+
+
+def _statements(sql: str) -> list[str]:
+    """The statements in a text, cut at the semicolons that are in no string, name or comment (SQL-5)."""
+    found: list[str] = []
+    start, tokens = 0, []
+    for match in TOKEN.finditer(sql):
+        token = match[0]
+        if token == ";":
+            if tokens:
+                found.append(_bounded(sql[start:match.start()], tokens))
+            start, tokens = match.end(), []
+        elif not token.startswith(("--", "/*")):
+            tokens.append(token.strip("'\"`[]").lower() if len(token) > 1 else token)
+    return found + [_bounded(sql[start:], tokens)] if tokens else found
+
+
+def _bounded(statement: str, tokens: list[str]) -> str:
+    """The statement, unless its WITH names stand for too much. Raises StoreError.
+
+    SQLite copies what a name stands for to each place that uses it, before any limit of its own applies: twenty names
+    that use the one before twice are a million copies. No name has more copies than the product of the uses of all
+    names, which is what is bounded here (SQL-6).
+    """
+    named = Counter(_named(tokens, at) for at, token in enumerate(tokens[:-1])
+                    if at and token == "as" and tokens[at + 1] in ("(", "not", "materialized"))
+    uses = Counter(token for at, token in enumerate(tokens)
+                   if token in named and "." not in (tokens[at - 1:at] + tokens[at + 1:at + 2]))
+    copies = math.prod(max(1, uses[name] - times) ** times for name, times in named.items())
+    if copies * len(tokens) > SQL_TOKENS:
+        raise StoreError(f"its WITH names are used so often that it might grow beyond the limit of {SQL_TOKENS} words")
+    return statement
+
+
+def _named(tokens: list[str], at: int) -> str:
+    """What the `as` at that place defines, if it is that of a WITH: `name as (` or `name(columns) as (`."""
+    before = at - 1
+    if tokens[before] == ")":
+        while before > 0 and tokens[before] != "(":
+            before -= 1
+        before -= 1
+    return tokens[before]
+
+
+def _rows(cursor: sqlite3.Cursor, limit: int = SQL_ROWS) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows as JSON can carry them (SQL-4), both empty for a statement without any. Raises StoreError."""
+    columns: list[str] = []
+    for column, *_ in cursor.description or ():
+        while column in columns:  # a row has each name once
+            column += f":{len(columns) + 1}"
+        columns.append(column)
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for row in cursor:
+        rows.append(dict(zip(columns, map(_cell, row), strict=True)))
+        size += len(compact(rows[-1]).encode())
+        if len(rows) > limit:
+            raise StoreError(f"the result is over the limit of {limit} rows; use LIMIT")
+        if size > SQL_RESULT_BYTES:
+            raise StoreError(f"the result is over the limit of {SQL_RESULT_BYTES >> 10} KiB")
+    return columns, rows
+
+
+def _cell(value: Any) -> Any:
+    """A value of SQLite as JSON: exact, or text (SQL-4)."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    inexact = isinstance(value, int) and abs(value) > LARGEST_EXACT or isinstance(value, float) and math.isinf(value)
+    return str(value).replace("inf", "Infinity") if inexact else value

@@ -566,7 +566,8 @@ async def test_a_route_that_fails_answers_and_leaves_nothing(world, monkeypatch)
 
 
 @spec("HELLO-1", "HELLO-5", "HELLO-12", "PRES-5", "STAT-2", "STAT-5", "STAT-6", "GROUP-1", "DELIV-6", "DELIV-8", "DELIV-10",
-      "DELIV-12", "DELIV-17", "AUDIT-5", "OPS-5", "OPS-6", "OPS-7", "OPS-8", "MSG-9")
+      "DELIV-12", "DELIV-17", "AUDIT-5", "OPS-5", "OPS-6", "OPS-7", "OPS-8", "MSG-9", "VEC-1", "VEC-5", "VEC-7", "VEC-9", "SQL-6",
+      "SQL-9")
 def test_the_numbers_are_those_of_the_specification(tmp_path):
     settings = hub.Settings(data=tmp_path)
     assert (settings.max_connections, settings.hook_rate, settings.status_ttl, settings.port) == (100, 30, 60_000, 7900)
@@ -581,7 +582,9 @@ def test_the_numbers_are_those_of_the_specification(tmp_path):
         "hello": {"displayName": 128, "sessionId": 256, "cwd": 4096, "hostname": 256, "channel": 64, "model": 128},
         "send": {"targetSpec": 256, "id": 128, "client_message_id": 128, "nonce": 64},
         "set_summary": {"summary": 2048}, "set_profile": {"avatar": 2048, "title": 256, "bio": 2048},
-        "join_group": {"name": 64, "role": 64}, "set_state": {"key": 256}, "get_state": {"key": 256}}
+        "join_group": {"name": 64, "role": 64}, "set_state": {"key": 256}, "get_state": {"key": 256},
+        "vector_store": {"collection": 128, "text": 8192}, "vector_search": {"collection": 128, "query": 1024},
+        "vector_delete": {"collection": 128, "id": 64}, "mesh_query": {"sql": 262_144}, "mesh_execute": {"sql": 262_144}}
 
 
 @spec("HTTP-28")

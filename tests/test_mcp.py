@@ -609,7 +609,7 @@ def test_a_call_that_makes_no_sense_is_a_result_too(capsys: pytest.CaptureFixtur
 @pytest.mark.spec("MCP-24")
 def test_without_a_mesh_every_tool_says_how_to_join_one() -> None:
     needed = {"to": "x", "message": "x", "id": "x", "summary": "x", "status": "idle", "visible": True, "key": "x",
-              "value": 1, "name": "x", "title": "x"}
+              "value": 1, "name": "x", "title": "x", "collection": "x", "text": "x", "query": "x", "sql": "x"}
     for tool in claudemesh.TOOLS:
         properties = claudemesh._schema(tool)["properties"]
         args = {name: value for name, value in needed.items() if name in properties}
@@ -1437,6 +1437,12 @@ def test_every_tool_works_against_a_real_broker(world: World) -> None:
                 ("get_state", {"key": "k"}, '"k" = {"a":[1]} (set by ann, '),
                 ("list_state", {}, '- "k" = {"a":[1]} (set by ann, '),
                 ("mesh_info", {}, "your name: ann"),
+                ("vector_store", {"collection": "notes", "text": "The dog barks."}, 'Stored in "notes": '),
+                ("vector_search", {"collection": "notes", "query": "barking dogs"}, " The dog barks."),
+                ("list_collections", {}, '- "notes"'),
+                ("mesh_execute", {"sql": "CREATE TABLE t(a); INSERT INTO t VALUES (7)"}, "Done; 1 rows changed."),
+                ("mesh_query", {"sql": "SELECT * FROM t"}, "1 rows\n| a |\n| --- |\n| 7 |"),
+                ("mesh_schema", {}, "**t**: a ANY"),
                 ("mesh_stats", {}, "| cid |"),
                 ("ping_mesh", {}, "own status: working; priorities that get through to it: now\n"),
                 ("send_message", {"to": "cid", "message": "x"}, "recipients: 1 online, 0 held"),
