@@ -15,18 +15,19 @@ make a row deliverable: hello, a more permissive status, a new send, the redeliv
 window of a slow reader. Rows stay `queued` in the store until the recipient's client acknowledges them.
 
 A mesh is a directory; `Mesh` keeps its roster in memory and its `Store` open. A `Peer` is a presence: it
-outlives its socket by a grace. A `Link` is one socket. One timer (`Broker.tick`) does all that is periodic.
+outlives its socket by a grace. A `Link` is one socket. One timer (`Broker.tick`) does all that is periodic or due.
 
 Sections: 1 settings and tables, 2 metrics, limits, log, 3 pushes and links, 4 peers and meshes,
 5 delivery, 6 the turn, 7 life of a connection, 8 handlers: delivery, 9 handlers: presence,
-10 handlers: state, audit, info, 11 handlers: vectors and SQL, 12 HTTP routes, 13 start, tick, stop,
-14 command line.
+10 handlers: state, audit, info, 11 handlers: vectors and SQL, 12 schedules and clock, 13 watches, 14 webhooks,
+15 HTTP routes, 16 start, tick, stop, 17 command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import errno
 import functools
@@ -38,17 +39,22 @@ import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import ssl
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from json.encoder import encode_basestring as quote
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urldefrag, urljoin
 
+import cron
 import store as storage
 import wire
 from store import Member, Pending, Saved, Store
@@ -83,6 +89,21 @@ OUTBOX_HARD = 8 * 1024 * 1024  #: bytes; past it the socket is closed with 1013
 CHECKPOINT_COMMITS = 64  #: a log that is written over again costs half of one that grows
 AUDIT_PAGE = (50, 200)  #: default and largest page of audit_query
 MAX_OFFSET = 2**53  #: beyond it a JSON number is no exact integer
+SCHEDULED_PER_MEMBER = 10_000
+SCHEDULE_MAX_MS = 100 * 365 * 24 * 3600 * 1000  #: no message is scheduled for later than that
+SCHEDULED_LIST_CHARS = 512 * 1024  #: texts in one scheduled_list, which has to fit into a frame
+FIRE_BATCH = 256  #: scheduled messages sent in one turn
+CLOCK_SPEEDS = (1, 100)
+SIM_TICK_MS = 60_000  #: simulated time of a tick, and its real time at speed 1
+WATCHES_PER_MEMBER, WEBHOOKS_PER_MESH = 20, 100
+WATCH_INTERVAL = (5.0, 30.0, 86_400.0)  #: seconds: least, default, most
+WATCH_BYTES = 1024 * 1024  #: of an answer that is looked at
+WATCH_SECONDS, RESOLVE_SECONDS = 10.0, 5.0  #: for one check; for looking up the host when a watch is set
+WATCH_REDIRECTS = 3
+FETCHES, FETCHES_PER_MEMBER = 64, 4  #: checks that run at once
+WATCH_HEADER_CHARS = 4096
+VALUE_CHARS = 1000  #: a longer value is kept as its beginning and a digest
+WEBHOOK_RATE = (60, 60.0)  #: posts per webhook, and the seconds over which they refill
 
 #: Which priorities a status lets through (SPEC DELIV-4). Order within is acceptance order.
 GATE = {"idle": ("now", "next", "low"), "working": ("now",), "dnd": ("now",)}
@@ -110,6 +131,8 @@ LENGTHS: dict[str, dict[str, int]] = {
     "vector_delete": {"collection": 128, "id": 64},
     "mesh_query": {"sql": 256 * 1024},
     "mesh_execute": {"sql": 256 * 1024},
+    "schedule": {"to": 256, "message": 64 * 1024},
+    "watch": {"url": 2048, "extract": 256, "notify_on": 1024, "label": 128},
 }
 STATE_VALUE_BYTES = 256 * 1024
 STATE_TOTAL_BYTES = 1_500_000  #: all keys and values of a mesh, so that `state_list` fits into one message
@@ -141,6 +164,7 @@ class Settings:
     hook_rate: int = 30  #: status hooks per minute and (pid, cwd)
     send_rate: int = 0  #: sends per second and connection, 0 = unlimited
     status_ttl: int = STATUS_TTL_MS
+    watch_allow_private: bool = False  #: watches may look at addresses that are not public
     admin_token: str = ""  #: lets its bearer create meshes from elsewhere than loopback
     embedder: str = ""  #: module:function that vector_search asks, from a list of texts to lists of floats
 
@@ -272,11 +296,28 @@ class Envelope:
 
 def stored_push(mesh_id: str, row: Pending) -> Envelope:
     """The push of an accepted message (SPEC DELIV-14). Written out: an encoder costs five times as much."""
+    if row.subtype in NOTICES:
+        return _stored_notice(mesh_id, row)
     subtype = f',"subtype":{quote(row.subtype)}' if row.subtype else ""
     return Envelope(row.seq, row.id, row.priority, (
         f'{{"type":"push","messageId":"{row.id}","meshId":"{mesh_id}","senderPubkey":"{row.sender_key}",'
         f'"priority":"{row.priority}","nonce":{quote(row.nonce)},"ciphertext":{quote(row.ciphertext)},'
         f'"createdAt":"{iso(row.created_at)}"{subtype}'), row)
+
+
+#: Subtypes of stored messages in which no member speaks. They keep the event as sender_name and its data,
+#: as JSON, for a body; whether the body is sent as well is the value here: stock clients show a webhook by it.
+NOTICES = {"webhook": True, "system": False}
+
+
+def _stored_notice(mesh_id: str, row: Pending) -> Envelope:
+    """The push of a webhook's post or a triggered watch (SPEC HOOK-3, WATCH-8)."""
+    body = row.ciphertext if NOTICES[row.subtype] else ""
+    return Envelope(row.seq, row.id, row.priority, (
+        f'{{"type":"push","messageId":"{row.id}","meshId":"{mesh_id}","senderPubkey":{quote(row.sender_key)},'
+        f'"priority":"{row.priority}","nonce":"","ciphertext":"{body}","createdAt":"{iso(row.created_at)}",'
+        f'"subtype":"{row.subtype}","event":{quote(row.sender_name)},'
+        f'"eventData":{base64.b64decode(row.ciphertext).decode()}'))
 
 
 def system_push(mesh_id: str, id: str, event: str, data: dict[str, Any], now: int) -> Envelope:
@@ -495,6 +536,45 @@ def in_group(target: str, group: str) -> bool:
     return group == target or group.startswith(target + "/")
 
 
+FAR = float("inf")
+
+
+@dataclass(slots=True)
+class SimClock:
+    """A mesh's simulated time. Ticks are counted from the moment it last began to run, so they do not drift."""
+
+    started_at: int  #: ms
+    speed: float = 1.0
+    tick: int = 0
+    paused: bool = False
+    anchor: float = 0.0  #: seconds, monotonic: when it last began to run
+    beats: int = 0  #: ticks since then
+
+    def run(self, now: float) -> None:
+        """Begins to run at `now`; the first tick is one interval away (SPEC CLOCK-3)."""
+        self.anchor, self.beats = now, 0
+
+    @property
+    def due(self) -> float:
+        """When the next tick is due, in seconds."""
+        return FAR if self.paused else self.anchor + (self.beats + 1) * SIM_TICK_MS / 1000 / self.speed  # CLOCK-4
+
+    def reading(self) -> dict[str, Any]:
+        """What `clock_status` says."""
+        return {"speed": self.speed, "paused": self.paused, "tick": self.tick,
+                "simTime": iso(self.started_at + self.tick * SIM_TICK_MS), "startedAt": iso(self.started_at)}
+
+
+@dataclass(eq=False, slots=True)
+class Watching:
+    """A watch and how it is going."""
+
+    row: storage.Watch
+    due: float = 0.0  #: seconds, monotonic
+    busy: bool = False
+    error: str = ""  #: why the last check saw nothing
+
+
 class Mesh:
     """One mesh: its store, its members, and who is present."""
 
@@ -512,6 +592,9 @@ class Mesh:
         self.links: set[Link] = set()
         self.settled: list[tuple[str, list[tuple[int, str]]]] = []  #: states and rows, noted but not written
         self.writing: list[tuple[str, list[tuple[int, str]]]] = []  #: written, but not committed
+        self.due_at: float = store.next_due() or FAR  #: ms; no scheduled message is due before
+        self.sim: SimClock | None = None
+        self.watches = {watch.id: Watching(watch) for watch in store.watches()}
         self.pruned_at = 0.0
         self.unmoved = 0  #: commits since the last checkpoint
         self.verifying = False  #: an audit verification is under way
@@ -558,8 +641,8 @@ class Mesh:
 
     # Routing (SPEC DELIV-5). Recipients are fixed here, once, when the message is accepted.
 
-    def route(self, sender: Peer, target: str, priority: str) -> list[Recipient]:
-        """The recipients of `target`; empty if it matches nobody."""
+    def route(self, sender: Peer | None, target: str, priority: str) -> list[Recipient]:
+        """The recipients of `target`; empty if it matches nobody. Without a `sender` no session is left out."""
         key = hex_key(target)
         if key is not None:
             return self._direct(key)
@@ -575,19 +658,28 @@ class Mesh:
         if member is not None:
             sessions = [Recipient(peer.key, peer, key) for peer in self.sessions(member)]
             return sessions or [Recipient(key, self.inboxes.get(key), None)]
-        peer = self.peers.get(key)
-        if peer is not None:
-            return [Recipient(key, peer, None)]
-        owner = self.store.session_owner(key)
-        known = owner is not None and owner.member_id in self.members
-        return [Recipient(key, None, None)] if known else []
+        return [Recipient(key, self.peers.get(key), None)] if self.owner(key) else []
 
-    def _multicast(self, sender: Peer, priority: str, wanted: Callable[[Iterable[str]], bool]) -> list[Recipient]:
+    def owner(self, key: str) -> Member | None:
+        """The member whose member key or session key that is."""
+        if key in self.by_pubkey:
+            return self.by_pubkey[key]
+        if key in self.peers:
+            return self.peers[key].member
+        remembered = self.store.session_owner(key)
+        return self.members.get(remembered.member_id) if remembered is not None else None
+
+    def everybody(self, priority: str) -> list[Recipient]:
+        """Every presence, hidden ones too, and every absent member: whom the mesh itself speaks to."""
+        return self._multicast(None, priority, lambda groups: True, hidden=True)
+
+    def _multicast(self, sender: Peer | None, priority: str, wanted: Callable[[Iterable[str]], bool],
+                   hidden: bool = False) -> list[Recipient]:
         found = [Recipient(peer.key, peer, peer.member.pubkey) for peer in self.peers.values()
-                 if peer.visible and peer is not sender and wanted(peer.groups)]
+                 if (peer.visible or hidden) and peer is not sender and wanted(peer.groups)]
         if priority not in HELD_PRIORITIES:
             return found
-        present = {peer.member.id for peer in self.peers.values()} | {sender.member.id}
+        present = {peer.member.id for peer in self.peers.values()} | ({sender.member.id} if sender else set())
         return found + [Recipient(member.pubkey, self.inboxes.get(member.pubkey), None) for member in self.members.values()
                         if member.id not in present and wanted(self.saved_groups(member))]
 
@@ -747,6 +839,7 @@ class Turn:
         for link in [link for link in self.speaking if link.mesh is mesh]:
             link.unsay()
         mesh.recall()
+        mesh.due_at = self.clock() + 1000 * TICK_SECONDS  # what it sent was not sent: look again then
         asked, self.asked = self.asked, []
         for link, frame in asked:
             if link.mesh is mesh or frame.get("meshId") == mesh.id:
@@ -1029,6 +1122,8 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
         return  # it has ended already
     del mesh.peers[peer.key]
     mesh.undo.append(lambda: mesh.peers.setdefault(peer.key, peer))  # the tick will end it again
+    if mesh.sim is not None and not mesh.peers:
+        mesh.sim.paused = True  # CLOCK-5
     mesh.save(peer, now)
     mesh.store.touch_member(peer.member.id, now)
     mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
@@ -1077,23 +1172,47 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     if sealed is not None:
         refuse_unsealed(mesh, recipients, sealed)
     now = hub.clock()
-    online = sum(1 for r in recipients if r.peer is not None and r.peer.link is not None)
+    online = _online(recipients)
     row = _accept(hub, mesh, peer, frame, target, priority, recipients, sealed or {}, digest, online, now)
     hub.metrics.add("broker_messages_routed_total", priority)
     _ack_send(link, frame, row.id, online, len(recipients) - online)
+    hand_out(hub, mesh, row, recipients, sealed)
+
+
+def hand_out(hub: Broker, mesh: Mesh, row: Pending, recipients: list[Recipient], sealed: dict[str, str] | None = None) -> None:
+    """Gives a message accepted this instant to those of its recipients who are here."""
     push = stored_push(mesh.id, row)
     for recipient in recipients:
         if recipient.peer is not None:
             drain(hub, mesh, recipient.peer, push, sealed and sealed[recipient.key])
 
 
+def post(hub: Broker, mesh: Mesh, sender: Peer, target: str, text: str, recipients: list[Recipient], subtype: str,
+         priority: str = "now") -> tuple[int, int]:
+    """Accepts a message that no frame has sent, in the open transaction; how many are online and held.
+
+    The body is readable by the broker: base64 of `text`, with an empty nonce.
+    """
+    body = {"nonce": "", "ciphertext": base64.b64encode(text.encode()).decode()}
+    online = _online(recipients)
+    row = _accept(hub, mesh, sender, body, target, priority, recipients, {}, None, online, hub.clock(), subtype)
+    hub.metrics.add("broker_messages_routed_total", priority)
+    hand_out(hub, mesh, row, recipients)
+    hub.touch(mesh)
+    return online, len(recipients) - online
+
+
+def _online(recipients: list[Recipient]) -> int:
+    return sum(1 for r in recipients if r.peer is not None and r.peer.link is not None)
+
+
 def _accept(hub: Broker, mesh: Mesh, sender: Peer, frame: dict[str, Any], target: str, priority: str, recipients: list[Recipient],
-            sealed: dict[str, str], digest: str | None, online: int, now: int) -> Pending:
+            sealed: dict[str, str], digest: str | None, online: int, now: int, subtype: str | None = None) -> Pending:
     """Stores a message, its deliveries and its audit entry in the open transaction (SPEC DELIV-1)."""
     store, id = mesh.store, hub.message_id(now)
     seq = store.accept(
         id=id, sender_member=sender.member.id, sender_key=sender.key, sender_name=sender.name, target=target,
-        priority=priority, nonce=frame["nonce"], ciphertext=frame["ciphertext"], subtype=None,
+        priority=priority, nonce=frame["nonce"], ciphertext=frame["ciphertext"], subtype=subtype,
         client_id=frame.get("client_message_id") or None, digest=digest, now=now, expires_at=now + MESSAGE_TTL_MS,
         online=online, held=len(recipients) - online)
     for key, peer, held_for in recipients:
@@ -1102,7 +1221,7 @@ def _accept(hub: Broker, mesh: Mesh, sender: Peer, frame: dict[str, Any], target
             store.trim_held(key, HELD_PER_MEMBER, now)  # DELIV-6
     store.audit("message_sent", sender.member.id, sender.name, {"priority": priority, "targetSpec": target}, now)
     return Pending(seq, id, sender.key, sender.name, sender.member.pubkey, target, priority, frame["nonce"],
-                   frame["ciphertext"], None, now, None)
+                   frame["ciphertext"], subtype, now, None)
 
 
 def _repeat_ack(link: Link, frame: dict[str, Any], first: storage.SentMessage, digest: str) -> None:
@@ -1512,6 +1631,419 @@ def on_mesh_schema(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     hub.later(link, frame, describe(), "schema_error")
 
 
+# --- 12. Schedules and clock ----------------------------------------------------------------------
+# Nothing here waits. What is due is in the store or in `SimClock`; the broker's one timer asks.
+
+
+def stand_in(member: Member, key: str = "", name: str = "") -> Peer:
+    """A sender for what no session sends: the member itself, connected or not, or what speaks on its behalf."""
+    return Peer(key or member.pubkey, member, "", 0, name=name or member.name)
+
+
+def next_run(expression: str, now: int) -> int:
+    """When a cron expression fires next after `now`; both in ms. Raises `CronError`."""
+    return int(cron.Cron(expression).next(datetime.fromtimestamp(now / 1000, timezone.utc)).timestamp()) * 1000
+
+
+def on_schedule(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """schedule: keeps a message to be sent later, once or again and again (SPEC SCHED-1 to SCHED-4)."""
+    mesh, member, now = link.mesh, link.peer.member, hub.clock()
+    expression = frame.get("cron") or None
+    due = _first_time(frame["deliverAt"], expression, now)
+    target, fallback = _later_target(mesh, member, frame["to"])
+    if wire.read_plain(wire.plain_body(frame["message"])[1]) is None:
+        raise Refused("malformed", "schedule.message: empty, or with control characters")
+    if mesh.store.count_schedules(member.id) >= SCHEDULED_PER_MEMBER:
+        raise Refused("limit", f"a member has at most {SCHEDULED_PER_MEMBER} scheduled messages")
+    entry = storage.Schedule(hub.uuid(), member.id, target, fallback, frame["message"], expression, due, 0, now)
+    mesh.store.add_schedule(entry)
+    link.reply(frame, "scheduled_ack", scheduledId=entry.id, deliverAt=due, **({"cron": expression} if expression else {}))
+    mesh.due_at = min(mesh.due_at, due)
+    hub.hurry()
+
+
+def _first_time(deliver_at: float, expression: str | None, now: int) -> int:
+    """When a new entry is due, in ms. Raises `Refused`."""
+    if expression is not None:
+        try:
+            return next_run(expression, now)
+        except cron.CronError as error:
+            raise Refused("invalid_cron", str(error)) from None  # SCHED-2
+    if not now <= deliver_at <= now + SCHEDULE_MAX_MS:  # SCHED-3
+        where = "past" if deliver_at < now else "more than a hundred years away"
+        raise Refused("out_of_range", f"schedule.deliverAt: {str(deliver_at)[:40]} is {where}; it is {now} now")
+    return int(deliver_at)
+
+
+def _later_target(mesh: Mesh, member: Member, to: str) -> tuple[str, str | None]:
+    """Whom `to` will mean: sessions end, so a session key has its member's key to fall back on (SPEC SCHED-4)."""
+    key = hex_key(to)
+    if key is None and (to == "*" or to.startswith("@") and len(to) > 1):
+        return to, None
+    owner = mesh.owner(key) if key is not None else None
+    if owner is None:
+        raise Refused("no_such_recipient", f"{to[:70]}: {wire.ERRORS['no_such_recipient']}")
+    return (owner.pubkey, None) if owner.id == member.id or key == owner.pubkey else (key, owner.pubkey)
+
+
+def on_list_scheduled(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_scheduled: what the member has scheduled, the next one first (SPEC SCHED-8)."""
+    messages, room = [], SCHEDULED_LIST_CHARS
+    for entry in link.mesh.store.schedules(link.peer.member.id):
+        room -= len(encode(entry.message)) + 256
+        if room < 0:
+            break
+        recurring = {"cron": entry.cron, "firedCount": entry.fired_count} if entry.cron else {}
+        messages.append({"id": entry.id, "to": entry.target, "message": entry.message, "deliverAt": entry.due_at,
+                         "createdAt": entry.created_at, **recurring})
+    link.reply(frame, "scheduled_list", messages=messages)
+
+
+def on_cancel_scheduled(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """cancel_scheduled: drops one of the member's own entries (SPEC SCHED-8)."""
+    gone = link.mesh.store.cancel_schedule(frame["scheduledId"], link.peer.member.id)
+    link.reply(frame, "cancel_scheduled_ack", scheduledId=frame["scheduledId"], ok=gone)
+
+
+def fire_due(hub: Broker, mesh: Mesh) -> None:
+    """Sends what is due, a bounded number at a time (SPEC SCHED-5)."""
+    if hub.clock() < mesh.due_at:
+        return
+    for entry in mesh.store.due_schedules(hub.clock(), FIRE_BATCH):
+        _fire(hub, mesh, entry)
+    mesh.due_at = mesh.store.next_due() or FAR
+    hub.touch(mesh)
+
+
+def _fire(hub: Broker, mesh: Mesh, entry: storage.Schedule) -> None:
+    """Sends one entry as its creator and re-arms it, or drops it, in one transaction."""
+    creator = stand_in(mesh.members[entry.member_id])
+    target = entry.target if entry.fallback is None or entry.target in mesh.peers else entry.fallback
+    recipients = mesh.route(None, target, "now")
+    if not recipients and entry.cron is None:  # SCHED-6: it is not lost
+        target = creator.key
+        recipients = mesh.route(None, target, "now")
+    if recipients:
+        post(hub, mesh, creator, target, entry.message, recipients, "reminder")
+    try:
+        again = next_run(entry.cron, hub.clock()) if entry.cron is not None else None  # SCHED-7: missed runs are one
+    except cron.CronError:
+        again = None
+    mesh.store.fired(entry.id, again)
+
+
+def on_set_clock(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_clock: makes the mesh's clock, or changes its speed (SPEC CLOCK-1, CLOCK-2)."""
+    slowest, fastest = CLOCK_SPEEDS
+    if not slowest <= frame["speed"] <= fastest:
+        raise Refused("out_of_range", f"set_clock.speed: expected {slowest} to {fastest}")
+    link.mesh.sim = link.mesh.sim or SimClock(hub.clock())
+    link.mesh.sim.speed = frame["speed"]
+    link.mesh.sim.run(hub.monotonic())
+    on_get_clock(hub, link, frame)
+    hub.hurry()
+
+
+def on_pause_clock(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """pause_clock: time stands still (SPEC CLOCK-3)."""
+    _clock(link).paused = True
+    on_get_clock(hub, link, frame)
+
+
+def on_resume_clock(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """resume_clock: time goes on (SPEC CLOCK-3)."""
+    sim = _clock(link)
+    if sim.paused:
+        sim.paused = False
+        sim.run(hub.monotonic())
+    on_get_clock(hub, link, frame)
+    hub.hurry()
+
+
+def _clock(link: Link) -> SimClock:
+    if link.mesh.sim is None:
+        raise Refused("no_clock", wire.ERRORS["no_clock"])
+    return link.mesh.sim
+
+
+def on_get_clock(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """get_clock: the clock's reading; without one, speed 0 and the time of day (SPEC CLOCK-1)."""
+    none = {"speed": 0, "paused": True, "tick": 0, "simTime": iso(hub.clock()), "startedAt": iso(hub.clock())}
+    link.reply(frame, "clock_status", **(link.mesh.sim.reading() if link.mesh.sim is not None else none))
+
+
+def beat(hub: Broker, mesh: Mesh, now: float) -> None:
+    """Tells every connection of each tick that is due (SPEC CLOCK-4)."""
+    sim = mesh.sim
+    while sim is not None and sim.due <= now:
+        sim.tick, sim.beats = sim.tick + 1, sim.beats + 1
+        reading = sim.reading()
+        push = system_push(mesh.id, hub.uuid(), "tick", {name: reading[name] for name in ("tick", "simTime", "speed")}, hub.clock())
+        for link in mesh.links:
+            if not link.peer.quiet:
+                link.push(push)
+
+
+# --- 13. Watches ----------------------------------------------------------------------------------
+# The broker fetches what members name, so it must not become their way into its own network: a host is
+# looked up once for each request, and the connection goes to an address that was checked, never to the name.
+
+REDIRECTS = (301, 302, 303, 307, 308)
+UNICAST = ipaddress.IPv6Network("2000::/3")  #: the part of IPv6 that is routed in public
+OWN_HEADERS = re.compile(r"(?i)host|connection|keep-alive|te|trailer|transfer-encoding|content-length|upgrade|expect|proxy-.*")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one that anybody can reach, and no other way of writing a private one (SPEC WATCH-4)."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6 and (ip not in UNICAST or ip.sixtofour is not None):
+        return False  # mapped, translated and tunnelled IPv4 among them
+    return ip.is_global and not ip.is_multicast
+
+
+def watched_url(url: str) -> wire.Url:
+    """The parts of an address to be watched. Raises `Refused`."""
+    try:
+        return wire.split_url(urldefrag(url)[0], wire.HTTP_SCHEMES)
+    except (UsageError, ValueError) as error:
+        raise Refused("invalid_url", str(error)) from None  # WATCH-2
+
+
+def on_watch(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """watch: looks at a URL again and again for its member (SPEC WATCH-1, WATCH-2)."""
+    mesh, watch = link.mesh, Watching(_new_watch(link, frame, hub.clock()), FAR)
+    url = watched_url(watch.row.url)
+    if sum(other.row.member_id == watch.row.member_id for other in mesh.watches.values()) >= WATCHES_PER_MEMBER:
+        raise Refused("limit", f"a member has at most {WATCHES_PER_MEMBER} watches")
+    mesh.watches[watch.row.id] = watch  # it counts from now on
+
+    async def begin() -> None:
+        try:
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                await hub.addresses(url)
+            if mesh.watches.get(watch.row.id) is not watch:
+                raise Refused("forbidden", "the member was revoked")
+        except (OSError, ValueError, Refused) as error:
+            mesh.watches.pop(watch.row.id, None)
+            raise error if isinstance(error, Refused) else Refused("invalid_url", f"{url.host} cannot be found") from None
+        hub.asked.append((link, frame))
+        mesh.undo.append(lambda: mesh.watches.pop(watch.row.id, None))
+        if hub.attempt(mesh, mesh.store.add_watch, watch.row):
+            watch.due = hub.monotonic()
+            link.reply(frame, "watch_ack", watchId=watch.row.id, url=watch.row.url, mode=watch.row.mode,
+                       interval=watch.row.interval)
+            hub.touch(mesh)
+
+    hub.later(link, frame, begin(), "storage_error")
+
+
+def _new_watch(link: Link, frame: dict[str, Any], now: int) -> storage.Watch:
+    """The watch that a frame asks for. Raises `Refused`."""
+    rule, headers = frame.get("notify_on") or "change", frame.get("headers") or {}
+    if rule != "change" and not rule.startswith(("match:", "not_match:")):
+        raise Refused("malformed", "watch.notify_on: expected change, match:VALUE or not_match:VALUE")
+    _check_headers(headers)
+    least, default, most = WATCH_INTERVAL
+    interval = min(max(default if frame.get("interval") is None else frame["interval"], least), most)
+    while (id := "w_" + link.hub.random(4).hex()) in link.mesh.watches:
+        pass
+    return storage.Watch(id, link.peer.member.id, frame["url"], frame.get("mode") or "hash", frame.get("extract") or None,
+                         interval, rule, headers, frame.get("label") or None, None, None, now)
+
+
+def _check_headers(headers: dict[str, Any]) -> None:
+    """Raises `Refused` for what a member may not send along (SPEC WATCH-2)."""
+    if len(encode(headers)) > WATCH_HEADER_CHARS:
+        raise Refused("too_large", f"watch.headers: longer than {WATCH_HEADER_CHARS} characters")
+    for name, value in headers.items():
+        try:
+            good = isinstance(value, str) and wire.header_line(name, value) and not OWN_HEADERS.fullmatch(name)
+        except UsageError:
+            good = False
+        if not good:
+            raise Refused("malformed", f"watch.headers: {name[:40]!r} cannot be sent")
+
+
+def on_unwatch(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """unwatch: ends one of the member's own watches (SPEC WATCH-9)."""
+    watch = link.mesh.watches.get(frame["watchId"])
+    if watch is None or watch.row.member_id != link.peer.member.id:
+        raise Refused("not_found", "no such watch of yours")
+    del link.mesh.watches[watch.row.id]
+    link.mesh.undo.append(lambda: link.mesh.watches.setdefault(watch.row.id, watch))
+    link.mesh.store.remove_watch(watch.row.id)
+    link.reply(frame, "watch_ack", watchId=watch.row.id, url=watch.row.url, mode=watch.row.mode, interval=0)
+
+
+def on_watch_list(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """watch_list: the member's own watches, and why one sees nothing (SPEC WATCH-9)."""
+    link.reply(frame, "watch_list_result", watches=[
+        _watch_entry(watch) for watch in link.mesh.watches.values() if watch.row.member_id == link.peer.member.id])
+
+
+def _watch_entry(watch: Watching) -> dict[str, Any]:
+    row = watch.row
+    entry = {"id": row.id, "url": row.url, "mode": row.mode, "interval": row.interval, "lastHash": row.seen or "",
+             "lastValue": row.seen or "", "createdAt": iso(row.created_at)}
+    more = {"label": row.label, "lastCheck": row.checked_at and iso(row.checked_at), "error": watch.error}
+    return entry | {name: value for name, value in more.items() if value}
+
+
+def start_checks(hub: Broker, mesh: Mesh, now: float) -> None:
+    """Begins the checks that are due, as far as there is room for them (SPEC WATCH-3)."""
+    for watch in mesh.watches.values():
+        if watch.due > now or watch.busy or len(hub.fetches) >= FETCHES:
+            continue
+        if sum(w.busy for w in mesh.watches.values() if w.row.member_id == watch.row.member_id) < FETCHES_PER_MEMBER:
+            watch.busy = True
+            task = hub.loop.create_task(_check(hub, mesh, watch))
+            hub.fetches.add(task)
+            task.add_done_callback(hub.fetches.discard)
+
+
+async def _check(hub: Broker, mesh: Mesh, watch: Watching) -> None:
+    """One look at a watched URL; what goes wrong is kept for `watch_list`."""
+    try:
+        async with asyncio.timeout(WATCH_SECONDS):  # WATCH-6
+            value = read_value(watch.row, await fetch(hub, watch.row))
+        watch.error = ""
+        if mesh.watches.get(watch.row.id) is watch:
+            hub.attempt(mesh, _saw, hub, mesh, watch, value)
+    except TimeoutError:
+        watch.error = f"no answer in {WATCH_SECONDS:g} s"
+    except (OSError, ValueError, ProtocolError, UsageError) as error:
+        watch.error = str(error)[:200]
+    finally:
+        watch.busy, watch.due = False, hub.monotonic() + watch.row.interval
+
+
+async def fetch(hub: Broker, watch: storage.Watch) -> wire.Answer:
+    """What is at the watched URL, after at most three redirects (SPEC WATCH-4, WATCH-6). Raises OSError, ProtocolError."""
+    address, headers = watch.url, list(watch.headers.items())
+    for _ in range(WATCH_REDIRECTS + 1):
+        url = watched_url(address)
+        answer = await _fetch_one(hub, url, headers, None if watch.mode == "status" else WATCH_BYTES)
+        location = answer.headers.get("location")
+        if answer.status not in REDIRECTS or not location:
+            return answer
+        address = urljoin(address, location)
+        if watched_url(address)[:3] != url[:3]:
+            headers = []  # they were meant for that server alone
+    raise ProtocolError(f"more than {WATCH_REDIRECTS} redirects")
+
+
+async def _fetch_one(hub: Broker, url: wire.Url, headers: list[tuple[str, str]], most: int | None) -> wire.Answer:
+    problem: OSError = OSError("no address")
+    for address in await hub.addresses(url):
+        try:
+            return await wire.get(url, address, headers=headers, max_body=most, tls=hub.trust if url.secure else None)
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+def read_value(watch: storage.Watch, answer: wire.Answer) -> str:
+    """What a watch sees in an answer (SPEC WATCH-7)."""
+    if watch.mode == "status":
+        return str(answer.status)
+    if watch.mode == "hash" or watch.extract is None:
+        return hashlib.sha256(answer.body).hexdigest()[:16]
+    try:
+        value = json.loads(answer.body)
+        for step in watch.extract.removeprefix("$").removeprefix(".").split("."):
+            value = _inner(value, step) if step else value
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        text = answer.body.decode(errors="replace")[:200]
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= VALUE_CHARS else f"{text[:VALUE_CHARS]}… {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _inner(value: Any, step: str) -> Any:
+    """What is under one step of a dot path, None for nothing."""
+    if isinstance(value, dict):
+        return value.get(step)
+    if isinstance(value, list) and re.fullmatch(r"\d{1,9}", step, re.ASCII):
+        return value[int(step)] if int(step) < len(value) else None
+    return None
+
+
+def _saw(hub: Broker, mesh: Mesh, watch: Watching, value: str) -> None:
+    """Keeps what a watch has seen, and queues a notice for its owner if that is due (SPEC WATCH-8)."""
+    row, now = watch.row, hub.clock()
+    watch.row = row._replace(seen=value, checked_at=now)
+    if value == row.seen:
+        return  # nothing worth a commit
+    mesh.undo.append(lambda: setattr(watch, "row", row))  # then nobody was told
+    hub.touch(mesh)
+    mesh.store.saw(row.id, value, now)
+    if row.seen is not None and _worth_telling(row.notify_on, row.seen, value):
+        data = {"watchId": row.id, "url": row.url, "mode": row.mode, "oldValue": row.seen, "newValue": value}
+        owner = mesh.members[row.member_id]
+        post(hub, mesh, stand_in(owner, "system", "watch_triggered"), owner.pubkey,
+             encode(data | ({"label": row.label} if row.label else {})), mesh.route(None, owner.pubkey, "now"), "system")
+
+
+def _worth_telling(rule: str, old: str, new: str) -> bool:
+    """Whether the change from `old` to `new` is one that the rule names."""
+    kind, _, wanted = rule.partition(":")
+    return {"change": True, "match": new == wanted, "not_match": old == wanted}[kind]
+
+
+# --- 14. Webhooks ---------------------------------------------------------------------------------
+
+
+def on_create_webhook(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """create_webhook: an address at which the outside may speak to the mesh (SPEC HOOK-1, HOOK-2)."""
+    mesh, member, name, now = link.mesh, link.peer.member, frame["name"], hub.clock()
+    if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip():
+        raise Refused("invalid_webhook", "a webhook's name is 1 to 64 printable characters")
+    if len(mesh.store.webhooks()) >= WEBHOOKS_PER_MESH:
+        raise Refused("limit", f"a mesh has at most {WEBHOOKS_PER_MESH} webhooks")
+    secret = hub.random(32).hex()
+    try:
+        mesh.store.add_webhook(storage.Webhook(name, _digest(secret), member.id, now))  # HOOK-2: only the digest is kept
+    except storage.StoreError:
+        raise Refused("webhook_exists", wire.ERRORS["webhook_exists"]) from None
+    mesh.store.audit("webhook_created", member.id, link.peer.name, {"name": name}, now)
+    link.reply(frame, "webhook_ack", name=name, url=_webhook_url(hub, mesh, secret), secret=secret)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _webhook_url(hub: Broker, mesh: Mesh, secret: str) -> str:
+    return f"{wire.http_base(hub.public_url)}/hook/{mesh.id}/{secret}"
+
+
+def on_list_webhooks(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_webhooks: the mesh's webhooks, their secrets masked (SPEC HOOK-2)."""
+    link.reply(frame, "webhook_list", webhooks=[
+        {"name": webhook.name, "url": _webhook_url(hub, link.mesh, "********"), "active": True,
+         "createdAt": iso(webhook.created_at)} for webhook in link.mesh.store.webhooks()])
+
+
+def on_delete_webhook(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """delete_webhook: closes one, for its creator or an admin (SPEC HOOK-5)."""
+    mesh, member = link.mesh, link.peer.member
+    webhook = next((webhook for webhook in mesh.store.webhooks() if webhook.name == frame["name"]), None)
+    if webhook is None:
+        raise Refused("not_found", "no such webhook")
+    if webhook.member_id != member.id and member.role != "admin":
+        raise Refused("forbidden", "only its creator or an admin may delete a webhook")
+    mesh.store.remove_webhook(webhook.name)
+    mesh.store.audit("webhook_deleted", member.id, link.peer.name, {"name": webhook.name}, hub.clock())
+    link.reply(frame, "webhook_ack", name=webhook.name, url="", secret="")
+
+
+def find_webhook(mesh: Mesh, secret: str) -> storage.Webhook | None:
+    """The webhook with that secret, found in a time that tells nothing of how much of it was right (SPEC HOOK-4)."""
+    digest = _digest(secret)
+    found = [webhook for webhook in mesh.store.webhooks() if hmac.compare_digest(webhook.secret_hash, digest)]
+    return found[0] if found else None
+
+
 #: message type: its handler. What the table knows and this does not is `not_implemented`.
 HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "send": on_send, "client_ack": on_client_ack, "message_status": on_message_status,
@@ -1523,10 +2055,14 @@ HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "vector_store": on_vector_store, "vector_search": on_vector_search, "vector_delete": on_vector_delete,
     "list_collections": on_list_collections,
     "mesh_query": on_mesh_query, "mesh_execute": on_mesh_execute, "mesh_schema": on_mesh_schema,
+    "schedule": on_schedule, "list_scheduled": on_list_scheduled, "cancel_scheduled": on_cancel_scheduled,
+    "set_clock": on_set_clock, "pause_clock": on_pause_clock, "resume_clock": on_resume_clock, "get_clock": on_get_clock,
+    "watch": on_watch, "unwatch": on_unwatch, "watch_list": on_watch_list,
+    "create_webhook": on_create_webhook, "list_webhooks": on_list_webhooks, "delete_webhook": on_delete_webhook,
 }
 
 
-# --- 12. HTTP routes ------------------------------------------------------------------------------
+# --- 15. HTTP routes ------------------------------------------------------------------------------
 
 #: On every answer (SPEC HTTP-28).
 CORS = (("Access-Control-Allow-Origin", "*"), ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, OPTIONS"),
@@ -1659,6 +2195,25 @@ def _invite_mesh(hub: Broker, token: str, payload: dict[str, Any]) -> Mesh:
     return mesh
 
 
+def http_webhook(hub: Broker, call: Call) -> dict[str, Any]:
+    """POST /hook/<mesh>/<secret>: says the JSON in the body to the mesh, as the webhook with that secret (SPEC HOOK-3)."""
+    try:
+        data = wire.read_json(call.request.body, wire.MAX_DEPTH - 1)  # one level less: it travels inside a frame
+    except Refused as error:
+        raise Denied(400, "bad_request", error.message) from None
+    mesh = hub.find_mesh(call.ids[0])
+    webhook = find_webhook(mesh, call.ids[1]) if mesh is not None and mesh.row.archived_at is None else None
+    if webhook is None:
+        raise Denied(401, "unauthorized", "no webhook has that address")  # HOOK-4
+    if type(data) not in (dict, list):
+        raise Denied(400, "bad_request", "expected a JSON object or array")
+    if not hub.webhook_buckets.take(f"{mesh.id} {webhook.name}", hub.monotonic()):
+        raise Denied(429, "rate_limited")  # HOOK-6
+    speaker = stand_in(mesh.members[webhook.member_id], f"webhook:{webhook.name}", webhook.name)
+    online, held = post(hub, mesh, speaker, "*", encode(data), mesh.everybody("next"), "webhook", "next")
+    return {"ok": True, "delivered": online, "held": held}
+
+
 def http_create_mesh(hub: Broker, call: Call) -> dict[str, Any]:
     """POST /mesh: a new mesh for the owner key that signs the request (SPEC HTTP-25)."""
     bearer = call.request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -1757,6 +2312,7 @@ def http_revoke_member(hub: Broker, call: Call) -> dict[str, Any]:
     if member is None or not mesh.store.revoke_member(member.id, hub.clock()):
         raise Denied(404, "not_found", "no such member")
     mesh.store.audit("member_revoked", actor, None, {"member": member.id}, hub.clock())
+    mesh.store.forget_plans(member.id)  # SCHED-9
     hub.commit_now(mesh)
     for link in [link for link in mesh.links if link.peer.member.id == member.id]:
         hub.close_link(link, REVOKED, "revoked")
@@ -1764,6 +2320,7 @@ def http_revoke_member(hub: Broker, call: Call) -> dict[str, Any]:
         peer.link = None
         end_presence(hub, mesh, peer)
     mesh.revoked(member)
+    mesh.watches = {id: watch for id, watch in mesh.watches.items() if watch.row.member_id != member.id}
     return {"ok": True}
 
 
@@ -1772,6 +2329,7 @@ ROUTES: dict[tuple[str, str], Callable[[Broker, Call], dict[str, Any] | str]] = 
     ("GET", "/health"): http_health,
     ("GET", "/metrics"): http_metrics,
     ("POST", "/hook/set-status"): http_set_status,
+    ("POST", "/hook/<mesh>/<secret>"): http_webhook,
     ("POST", "/join"): http_join,
     ("POST", "/mesh"): http_create_mesh,
     ("GET", "/mesh/<mesh>"): http_mesh,
@@ -1814,20 +2372,22 @@ def refusal(error: HttpError, *, head: bool) -> bytes:
     return wire.error_response(error, headers=CORS, head=head)
 
 
-# --- 13. Start, tick, stop ------------------------------------------------------------------------
+# --- 16. Start, tick, stop ------------------------------------------------------------------------
 
 
 class Broker(Turn):
     """A running hub: `async with Broker(data=path, port=0) as broker: broker.url` (SPEC OPS-1).
 
     Keyword arguments are the fields of `Settings`; besides, for tests and embedding: `clock` (wall time in
-    ms), `monotonic` (seconds), `random` (bytes for ids) and `log`, called with one record a line. Starting raises `OSError` when the
+    ms), `monotonic` (seconds), `random` (bytes for ids), `log`, called with one record a line, and `resolve`, which
+    awaits the addresses of (host, port). Starting raises `OSError` when the
     port cannot be had and `UsageError` for settings that make no sense.
     """
 
     def __init__(self, *, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
                  monotonic: Callable[[], float] = time.monotonic, random: Callable[[int], bytes] = os.urandom,
-                 log: Callable[[dict[str, Any]], None] | None = None, **settings: Any) -> None:
+                 log: Callable[[dict[str, Any]], None] | None = None,
+                 resolve: Callable[[str, int], Awaitable[list[str]]] | None = None, **settings: Any) -> None:
         super().__init__()
         settings["data"] = Path(settings["data"])
         self.settings = Settings(**settings)
@@ -1849,7 +2409,11 @@ class Broker(Turn):
         self.send_buckets = Buckets(rate, 1.0) if rate else None
         self.embedder = load_embedder(self.settings.embedder) if self.settings.embedder else None
         self.embedding = asyncio.Lock()  #: the embedder is somebody else's: it is called once at a time
+        self.webhook_buckets = Buckets(*WEBHOOK_RATE)
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.fetches: set[asyncio.Task[Any]] = set()  #: checks of watches
+        self.resolve = resolve or self._resolve
+        self.resolvers = ThreadPoolExecutor(4, "resolve")  #: of their own: a slow name server delays nothing else
         self.url = ""
 
     @property
@@ -1885,17 +2449,21 @@ class Broker(Turn):
         port = self.server.sockets[0].getsockname()[1]
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         self.url = f"{'wss' if tls else 'ws'}://{host}:{port}/ws"
-        self.timer = self.loop.call_later(TICK_SECONDS, self._ticked)
+        self.timer = self.loop.call_later(self._until_due(), self._ticked)
         self.log("info", "listening", url=self.url, meshes=len(self.slugs))
 
     def _index(self, path: Path) -> None:
         try:
             identity = storage.mesh_identity(path) if path.is_dir() else None
+            waiting = identity is not None and storage.has_appointments(path)
         except storage.StoreError as error:
             self.log("error", "mesh skipped", mesh=path.name, reason=str(error))
             return
         if identity is not None:
             self.slugs[identity[0]] = path.name
+        if waiting:
+            with contextlib.suppress(Refused):  # logged
+                self.find_mesh(identity[0])  # SCHED-7: it has to be open for what falls due
 
     def _tls(self) -> ssl.SSLContext | None:
         cert, key = self.settings.tls_cert, self.settings.tls_key
@@ -1914,6 +2482,9 @@ class Broker(Turn):
         """Closes every connection with 1001, saves every presence, commits, and closes the files (SPEC OPS-4)."""
         self.timer.cancel()
         self.server.close()
+        for task in self.fetches:
+            task.cancel()
+        self.resolvers.shutdown(wait=False, cancel_futures=True)
         self.end_turn()
         for link in [*self.waiting, *(link for mesh in self.meshes.values() for link in mesh.links)]:
             self.close_link(link, CloseCode.GOING_AWAY, "shutting down")
@@ -2169,12 +2740,14 @@ class Broker(Turn):
             if mesh.store.changed:
                 self.fail_turn(mesh, code, reason)
 
-    def attempt(self, mesh: Mesh | None, step: Callable[..., None], *args: Any) -> None:
+    def attempt(self, mesh: Mesh | None, step: Callable[..., None], *args: Any) -> bool:
         """Runs a step that belongs to no frame; a store that refuses undoes the turn, nothing else."""
         try:
             step(*args)
         except sqlite3.Error as error:
             self.fail_turn(mesh, "storage_error", f"not stored: {error}")
+            return False
+        return True
 
     def later(self, link: Link, frame: dict[str, Any], work: Coroutine[Any, Any, None], code: str) -> None:
         """Runs `work`, which answers `frame` itself, beside the connection; a failure becomes an `error`, `code`
@@ -2274,6 +2847,27 @@ class Broker(Turn):
             raise Denied(403, "forbidden", "only the owner or an admin may do that")
         return mesh, member.id
 
+    # Watches
+
+    async def _resolve(self, host: str, port: int) -> list[str]:
+        """The addresses of a host, as the system knows them. Raises OSError."""
+        found = await self.loop.run_in_executor(
+            self.resolvers, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+    @functools.cached_property
+    def trust(self) -> ssl.SSLContext:
+        """Whose certificates are believed: the system's; reading them takes long, so once."""
+        return ssl.create_default_context()
+
+    async def addresses(self, url: wire.Url) -> list[str]:
+        """Where a watch may connect for `url` (SPEC WATCH-4). Raises OSError, `Refused`."""
+        found = await self.resolve(url.host, url.port)
+        allowed = found if self.settings.watch_allow_private else [a for a in found if is_public(a)]
+        if not allowed:
+            raise Refused("forbidden", f"{url.host} is at no public address")
+        return allowed
+
     # Status hooks
 
     def write_status(self, mesh: Mesh, peer: Peer, status: str, source: str) -> None:
@@ -2313,17 +2907,36 @@ class Broker(Turn):
     # Time
 
     def _ticked(self) -> None:
-        self.timer = self.loop.call_later(TICK_SECONDS, self._ticked)
-        self.tick()
+        try:
+            self.tick()
+        finally:
+            self.timer = self.loop.call_later(self._until_due(), self._ticked)
+
+    def _until_due(self) -> float:
+        """Seconds until the timer has something to do, at most `TICK_SECONDS` (SPEC OPS-7)."""
+        wall, now = self.clock(), self.monotonic()
+        due = [(mesh.due_at - wall) / 1000 for mesh in self.meshes.values()]
+        due += [mesh.sim.due - now for mesh in self.meshes.values() if mesh.sim is not None]
+        return max(0.001, min(TICK_SECONDS, *due)) if due else TICK_SECONDS
+
+    def hurry(self) -> None:
+        """Has the timer go off earlier if something is due before."""
+        at = self.loop.time() + self._until_due()
+        if at < self.timer.when():
+            self.timer.cancel()
+            self.timer = self.loop.call_at(at, self._ticked)
 
     def tick(self) -> None:
-        """All that is periodic, once a second (SPEC OPS-7)."""
+        """All that is periodic, once a second, and all that is due (SPEC OPS-7)."""
         now = self.now = self.monotonic()
         for link in [link for link in self.waiting if now - link.opened > HELLO_SECONDS]:
             self.close_link(link, FATAL_HELLO, "no hello")  # HELLO-12
         self._forget_hooks()
         for mesh in self.meshes.values():
             self.attempt(mesh, self._tick_mesh, mesh, now)
+            self.attempt(mesh, fire_due, self, mesh)
+            beat(self, mesh, now)
+            start_checks(self, mesh, now)
 
     def _forget_hooks(self) -> None:
         limit = self.clock() - PENDING_HOOK_MS
@@ -2381,7 +2994,7 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-# --- 14. Command line -----------------------------------------------------------------------------
+# --- 17. Command line -----------------------------------------------------------------------------
 
 
 def default_data() -> Path:
@@ -2415,6 +3028,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection (default: no limit)")
     options.add_argument("--embedder", default="", metavar="MODULE:FUNCTION",
                          help="compares texts by this importable function, from a list of texts to lists of floats")
+    options.add_argument("--watch-allow-private", action="store_true",
+                         help="members may watch URLs on private, loopback and link-local addresses")
     options.add_argument("--admin-token", default=os.environ.get("CLAUDEMESH_ADMIN_TOKEN", ""), metavar="TOKEN",
                          help="lets its bearer create meshes from other machines (or CLAUDEMESH_ADMIN_TOKEN)")
     return options

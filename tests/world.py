@@ -16,9 +16,13 @@ import functools
 import http.client
 import inspect
 import json
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import wire
 from broker import Broker
@@ -27,13 +31,18 @@ LIMIT = 5.0  # seconds to wait for anything that must come
 ALL = ("client_ack", "session_proof", "target")
 
 
-def story(test: Any) -> Any:
-    """Runs an async test with a `world` in a fresh directory; other fixtures are passed on."""
+def story(test: Any = None, **settings: Any) -> Any:
+    """Runs an async test with a `world` in a fresh directory; other fixtures are passed on.
+
+    `@story(watch_allow_private=True)` gives its broker settings.
+    """
+    if test is None:
+        return functools.partial(story, **settings)
 
     @functools.wraps(test)
     def run(tmp_path: Path, **fixtures: Any) -> None:
         async def tell() -> None:
-            async with World(tmp_path) as world:
+            async with World(tmp_path, **settings) as world:
                 await test(world, **fixtures)
 
         asyncio.run(tell())
@@ -42,6 +51,17 @@ def story(test: Any) -> Any:
     tmp = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     run.__signature__ = inspect.Signature([tmp, *parameters])  # type: ignore[attr-defined]
     return run
+
+
+def certificate(folder: Path, host: str) -> tuple[str, str]:
+    """Files with a self-signed certificate for `host`, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command, which makes the certificate, is not here")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", f"/CN={host}", "-addext", f"subjectAltName=DNS:{host}",
+                    "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
 
 
 class World:
