@@ -599,6 +599,8 @@ REMEMBERED = {
     "mcp_register": ("server", "serverName", "keep"),
     "mcp_unregister": ("server", "serverName", "end"),
 }
+MAIL = ("message", "reminder", "webhook")  #: kinds of pushes that somebody wrote
+KEPT_EVENTS = ("watch_triggered",)  #: system events that the broker keeps for a member until they were shown
 
 
 class Push:
@@ -635,6 +637,11 @@ class Push:
         self.data: Any = raw.get("eventData")
         self.text: str | None = None
         self.addressed, self.secured, self.own = "unknown", "none", False
+
+    @property
+    def mail(self) -> bool:
+        """Whether it waits at the broker for whoever is not there, and counts until it was shown (WATCH-10)."""
+        return self.kind in MAIL or self.event in KEPT_EVENTS
 
     def __repr__(self) -> str:
         return f"<Push {self.kind} {self.id[:8]} from {self.sender_name or self.sender[:KEY_DIGITS]!r} {self.secured}>"
@@ -969,7 +976,7 @@ class MeshClient:
         wire.check(frame, "broker")
         id = frame["messageId"]
         duplicate = id in self._seen
-        system = frame["senderPubkey"] == "system"
+        system = frame["senderPubkey"] == "system" and frame.get("event") not in KEPT_EVENTS
         shown = self._seen.get(id, system)  # nobody has to prove that a system event was shown
         self._seen[id] = shown
         self._seen.move_to_end(id)
@@ -1003,11 +1010,11 @@ class MeshClient:
                 "webhook" if sender.startswith("webhook:") else
                 "reminder" if subtype == "reminder" else "message")
         push = Push(kind, self.slug, int(self._clock() * 1000), frame)
-        if kind == "webhook":
-            push.text, push.secured = wire.encode(push.data), "plain"
-        elif kind != "system":
+        if kind in ("message", "reminder"):
             push.text, push.secured = self._open_body(frame, kind)
             push.own = self.member_key in (sender, push.sender_member) or sender == self.key
+        elif push.mail:
+            push.text, push.secured = wire.encode(push.data), "plain"
         push.addressed = _addressed(push)
         return push
 
@@ -1428,6 +1435,10 @@ def _text(about: str, *choices: str) -> Json:
     return {"type": "string", "description": about} | ({"enum": list(choices)} if choices else {})
 
 
+def _number(about: str, **bounds: int) -> Json:
+    return {"type": "number", "description": about, **bounds}
+
+
 def _texts(about: str, *choices: str) -> Json:
     items = {"type": "string"} | ({"enum": list(choices)} if choices else {})
     return {"type": "array", "items": items, "description": about}
@@ -1485,6 +1496,19 @@ def _schema_lines(args: Json, reply: Json) -> str:
                    for column in table["columns"]]
         lines.append(f"**{one_line(table['name'])}**: {', '.join(columns)}")
     return _bounded(lines or ["There is no table yet; mesh_execute makes one."])
+
+
+def _cancelled(args: Json, reply: Json) -> str:
+    if not reply["ok"]:
+        raise MeshError("not_found", f"Nothing scheduled has the id {_json(args['id'])}: it was sent, or never yours.")
+    return f"Cancelled {label(args['id'])}."
+
+
+def _clock_text(args: Json, reply: Json) -> str:
+    if not reply["speed"]:
+        return "The mesh has no clock yet: mesh_set_clock starts it."
+    state = "paused" if reply["paused"] else "running"
+    return (state + " at speed x{speed}; tick {tick}, simulated time {simTime}, started {startedAt}").format_map(Field(reply))
 
 
 STORED_KEYS = {"text", "mesh_id", "stored_by", "stored_at"}  # what the broker itself puts into metadata
@@ -1575,6 +1599,48 @@ TOOLS = (
          WRITE, "mesh_execute", _execute_result),
     Tool("mesh_schema", "Show the tables and columns of the mesh's own database.", {},
          READ, "mesh_schema", _schema_lines),
+    Tool("schedule_reminder",
+         "Have a message sent later, once or again and again: to yourself (default; it reaches your next session if none "
+         "is live), a peer, a group or everyone. Give exactly one of in_seconds, deliver_at and cron. The broker keeps "
+         "the text unencrypted.",
+         {"message!": _text("The text."), "to": _text("As in send_message; omitted: yourself."),
+          "in_seconds": _number("Seconds from now."), "deliver_at": _number("Milliseconds since 1970."),
+          "cron": _text('Five fields, UTC: "0 9 * * MON-FRI"; "CRON_TZ=Europe/Riga 0 9 * * *" for another zone.')},
+         WRITE, handler="remind"),
+    Tool("list_scheduled", "What this member has scheduled and not sent yet, the next one first.", {},
+         READ, handler="list_scheduled"),
+    Tool("cancel_scheduled", "Call off something scheduled.", {"id!": _text("Its whole id.")},
+         WRITE, "cancel_scheduled", _cancelled, {"id": "scheduledId"}),
+    Tool("mesh_set_clock", "Start the mesh's simulated clock, or change its speed. Each tick is a simulated minute, "
+         "comes every 60 seconds divided by the speed, and is told to every peer.",
+         {"speed!": _number("1 to 100.", minimum=1, maximum=100)}, WRITE, "set_clock", _clock_text),
+    Tool("mesh_pause_clock", "Stop the simulated clock.", {}, WRITE, "pause_clock", _clock_text),
+    Tool("mesh_resume_clock", "Let the simulated clock go on.", {}, WRITE, "resume_clock", _clock_text),
+    Tool("mesh_clock", "Read the simulated clock.", {}, READ, "get_clock", _clock_text),
+    Tool("mesh_watch", "Have the broker look at a public URL again and again and tell you when what it sees changes, now "
+         "or in your next session.",
+         {"url!": _text("http:// or https://"),
+          "mode": _text("hash (default): of the body; json: the value at `extract`; status: the status code.",
+                        "hash", "json", "status"),
+          "extract": _text("Dot path into the JSON: build.steps.0.state"),
+          "interval": _number("Seconds between two looks, at least 5 (default 30)."),
+          "notify_on": _text("change (default), match:VALUE or not_match:VALUE"),
+          "headers": {"type": "object", "description": "Request headers; the broker keeps them as they are."},
+          "label": _text("What to call it in notices.")},
+         WRITE, "watch", "Watching {url} ({mode}) every {interval} s; id {watchId}."),
+    Tool("mesh_unwatch", "End one of your watches.", {"watch_id!": _text("The id that mesh_watch returned.")},
+         WRITE, "unwatch", "{watchId} is ended; it watched {url}.", {"watch_id": "watchId"}),
+    Tool("mesh_watches", "Your watches: what each has seen, and why one sees nothing.", {}, READ, "watch_list",
+         ("watches", "- {id} {url} ({mode}, every {interval} s), label: {label}, last value: {lastValue}, last look: "
+                     "{lastCheck}, error: {error}", "Nothing is watched.")),
+    Tool("create_webhook", "Make an address at which other programs can speak to the mesh: JSON posted there is told to "
+         "every peer.", {"name!": _text("What its posts are known by; unique in the mesh.")},
+         WRITE, "create_webhook", "Webhook {name}\nURL: {url}\nsecret (part of the URL, shown only now): {secret}\n"
+                                  "Whoever knows the URL can post JSON to the mesh; it is not encrypted."),
+    Tool("list_webhooks", "The webhooks of the mesh; their secrets are masked.", {}, READ, "list_webhooks",
+         ("webhooks", "- {name}: {url}, since {createdAt}", "There is no webhook.")),
+    Tool("delete_webhook", "Close a webhook, so that its address works no more.", {"name!": _text("Its name.")},
+         WRITE, "delete_webhook", "Webhook {name} is closed."),
 )
 TOOL = {tool.name: tool for tool in TOOLS}
 
@@ -1680,7 +1746,6 @@ CLOSE_BUDGET = 0.05      # seconds for saying goodbye to the brokers (MCP-8)
 PINGS = 3                # round trips that ping_mesh measures
 MAX_MAIL, MAX_EVENTS = 1000, 100  # kept until shown (MCP-43): messages; system events, state, streams
 MAX_CHARS = 32 << 20     # kept until shown, all texts together
-MAIL = ("message", "reminder", "webhook")
 RESULT_CHARS, ENTRY_CHARS = 60_000, 600  # Claude Code replaces a result over 25,000 tokens by a note; heads count
 GATE = {"idle": PRIORITIES, "working": ("now",), "dnd": ("now",)}  # which priorities a status admits
 WHEREABOUTS = {  # by the state that is least far (MCP-32)
@@ -1735,7 +1800,8 @@ check_messages lists everything not shown yet; call it at natural pauses if no c
 Other tools (search for them by name): list_peers (who is here), set_summary (do this when work starts), set_status \
 (idle, working, dnd), set_visible, set_profile, join_group, leave_group, set_state, get_state, list_state (shared \
 keys), vector_store, vector_search (texts by similarity), mesh_query, mesh_execute (a shared SQL database), mesh_info, \
-mesh_stats, ping_mesh (when something seems stuck).
+mesh_stats, ping_mesh (when something seems stuck), schedule_reminder (later, or by cron), mesh_watch (a URL), \
+create_webhook.
 
 Message mode is {mode}: {meaning}."""
 
@@ -1781,7 +1847,7 @@ class Entry:
     __slots__ = ("link", "push", "mail", "size", "offered")
 
     def __init__(self, link: Link, push: Push) -> None:
-        self.link, self.push, self.mail, self.offered = link, push, push.kind in MAIL, False
+        self.link, self.push, self.mail, self.offered = link, push, push.mail, False
         self.size = ENTRY_CHARS + len(push.text or "")
 
 
@@ -1797,6 +1863,8 @@ class Unread:
 
     def add(self, link: Link, push: Push) -> Entry:
         added = Entry(link, push)
+        if push.event == "tick":  # CLOCK-6: the newest says all that the others said
+            self.entries = [entry for entry in self.entries if entry.push.event != "tick" or entry.link is not link]
         self.entries.append(added)
         if self.count(added.mail) > (MAX_MAIL if added.mail else MAX_EVENTS):  # events cannot push out messages
             self._drop(next(entry for entry in self.entries if entry.mail is added.mail))
@@ -2020,6 +2088,30 @@ class Session:
         raise MeshError("unknown_name", " ".join([f'Nobody called "{label(name)}" is on {meshes}; list_peers shows '
                                                   "who is.", *silent]))
 
+    # Reminders
+
+    async def remind(self, tool: Tool, args: Json) -> Outcome:
+        """SCHED-10: to oneself means the member, whichever of its sessions is there."""
+        if sum(name in args for name in ("in_seconds", "deliver_at", "cron")) != 1:
+            raise MeshError("bad_argument", "Say when: exactly one of in_seconds, deliver_at and cron.")
+        if "to" in args:
+            link, target = await self.address(args["to"], args)
+        else:
+            link = self.pick(args, WRITE)[0]
+            target = link.client.member_key
+        at = args.get("deliver_at") or (time.time() + args.get("in_seconds", 0)) * 1000
+        again = {"cron": args["cron"], "recurring": True} if "cron" in args else {}
+        reply = await (await link.ready()).request("schedule", to=target, message=args["message"], subtype="reminder",
+                                                   deliverAt=0 if again else int(at), **again)
+        line = scheduled_line({**reply, "id": reply["scheduledId"], "to": target, "message": args["message"]}, link.client)
+        return True, f"Scheduled on {link.slug}; not encrypted: the broker can read it.\n{line}"
+
+    async def list_scheduled(self, tool: Tool, args: Json) -> Outcome:
+        async def ask(client: MeshClient) -> str:
+            entries = (await client.request("list_scheduled"))["messages"]
+            return _bounded([scheduled_line(entry, client) for entry in entries] or ["Nothing is scheduled."])
+        return await self.report(tool, args, ask)
+
     # Reading tools with a form of their own
 
     async def list_peers(self, tool: Tool, args: Json) -> Outcome:
@@ -2109,7 +2201,7 @@ class Session:
         entry: Entry | None = self.unread.add(link, push)
         if self.identity.mode == "off":
             return
-        if self.identity.mode == "inbox" and push.kind in MAIL:
+        if self.identity.mode == "inbox" and push.mail:
             self._offer(*inbox_note(link, push, self.unread.count()))
             return
         content, meta = note(link, push)
@@ -2151,6 +2243,13 @@ def sent_line(target: str, slug: str, ack: Json) -> str:
     who = f"{gets['online']} online, {gets['held']} held" if gets else "not told by this broker"
     clear = "" if ack["encrypted"] else "; not encrypted: the broker can read it"
     return f"{outcome} {target}: id {ack['messageId']} on {slug}, recipients: {who}{clear}"
+
+
+def scheduled_line(entry: Json, client: MeshClient) -> str:
+    """One bullet of list_scheduled: the whole id, since cancel_scheduled needs it."""
+    to = "yourself" if entry["to"] in (client.key, client.member_key) else label(entry["to"])
+    again = f", cron {_json(entry['cron'])}, sent {entry.get('firedCount', 0)} times" if entry.get("cron") else ""
+    return f'- {entry["id"]} to {to} at {wire.iso(int(entry["deliverAt"]))}{again}: "{label(entry["message"], 60)}"'
 
 
 def in_group(peer: Json, group: str) -> bool:
@@ -2353,7 +2452,7 @@ NOTES = {"message": message_note, "reminder": message_note, "webhook": webhook_n
 def inbox_note(link: Link, push: Push, waiting: int) -> Note:
     """Mode inbox: that something came and from whom, nothing of what it says. No `message_id`: seeing
     this note is no proof that the message was seen."""
-    name = sender_name(push) if push.kind != "webhook" else label(push.sender)
+    name = label(push.sender) if push.kind in ("webhook", "system") else sender_name(push)
     return f'[inbox] {waiting} waiting, the newest from "{name}": read with check_messages', meta_of(
         link, kind="inbox_notification", from_name=name, priority=push.priority, waiting=waiting)
 
@@ -2792,8 +2891,27 @@ def _typed(pattern: str, most: float, what: str, convert: Callable[[str], float]
 _port = _typed(r"[1-9]\d{0,4}", 65535, "a port")
 _uses = _typed(r"[1-9]\d{0,5}", 100_000, "a number of uses")
 _seconds = _typed(r"\d{1,9}(\.\d{1,9})?", 1e6, "a number of seconds", float)
+_delay = _typed(r"\d{1,9}(\.\d{1,6})?\s*(s|sec|m|min|h|hr|d|day|w)?", 100 * 365 * 86400,
+                "a time from now (90, 90s, 1.5h, 2d; at most a hundred years)",
+                lambda text: float(re.match(r"[\d.]+", text)[0]) * UNITS[(text.lstrip("0123456789. ") or "s")[0]])
 _duration = _typed(r"[1-9]\d{0,6}[smhdw]", 10 * 365 * 86400, "a time (90s, 30m, 12h, 7d, 2w; at most ten years)",
                    lambda text: int(text[:-1]) * UNITS[text[-1]])
+
+
+def _moment(text: str) -> int:
+    """The type of an argument that names a time: HH:MM, today or tomorrow, or ISO 8601; local unless it says. In ms."""
+    from datetime import datetime, timedelta
+    now = datetime.now()
+    try:
+        if re.fullmatch(r"\d{1,2}:\d\d", text, re.ASCII):
+            hour, minute = map(int, text.split(":"))
+            moment = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            moment += timedelta(days=moment <= now)
+        else:
+            moment = datetime.fromisoformat(text)
+        return int(moment.timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
+        raise _usage(f"not a time (14:30, 2027-01-31T09:00): {_shown(text)}") from None
 
 
 # Start and stop
@@ -3185,7 +3303,7 @@ async def _waiting_mail(client: MeshClient) -> list[Push]:
     """What the broker holds for this member now: a reply comes after all that was pushed before it."""
     await asyncio.sleep(0)  # reports of the round before go out first, and make room for more
     await client.peers()
-    return [push for push in client.take() if push.kind in MAIL]
+    return [push for push in client.take() if push.mail]
 
 
 async def _first_mail(client: MeshClient, wait: float) -> list[Push]:
@@ -3193,7 +3311,7 @@ async def _first_mail(client: MeshClient, wait: float) -> list[Push]:
     try:
         async with asyncio.timeout(wait):
             async for push in client:
-                if push.kind in MAIL:
+                if push.mail:
                     return [push]
     except TimeoutError:
         return []
@@ -3212,13 +3330,47 @@ def _mail_text(push: Push) -> str:
              _local_time(push.created_at), "now" if push.priority == "now" else "",
              "not encrypted" if push.secured == "plain" else ""]
     text = UNREADABLE if push.text is None else push.text
-    head = f"{_shown(push.sender_name or 'unknown')} ({_shown(push.sender[:KEY_DIGITS])})"
+    head = f"{_shown(push.sender_name or push.event or 'unknown')} ({_shown(push.sender[:KEY_DIGITS])})"
     return "\n    ".join(["  ".join([head, *filter(None, notes)]), *_shown(text, lines=True).split("\n")])
 
 
 def _value(value: object) -> str:
     """A text as it is, all else as JSON."""
     return value if isinstance(value, str) else _json(value)
+
+
+async def _do_remind(args: argparse.Namespace) -> None:
+    """Have a message sent later; the member need not be connected then (SCHED-11)."""
+    if (args.delay, args.at, args.cron).count(None) != 2:
+        raise _usage("say when: one of --in TIME, --at TIME and --cron EXPRESSION")
+    text = _stdin_text() if args.message == "-" else args.message
+    at = args.at if args.delay is None else int((time.time() + args.delay) * 1000)
+    again = {"cron": args.cron, "recurring": True} if args.cron else {}
+    async with _quiet(args) as client:
+        target, name = (client.key, "yourself") if args.to in (None, "self") else await _recipient(client, args.to)
+        ack = await client.request("schedule", to=target, message=text, subtype="reminder", deliverAt=at or 0, **again)
+    if args.json:
+        return _print_json(_without(ack, "type", "_reqId") | {"mesh": client.slug, "to": target})
+    print(f"to {_shown(name)} at {_local_time(ack['deliverAt'])}{f', again by {_shown(args.cron)}' if again else ''}; "
+          f"not encrypted: the broker can read it; id {_shown(ack['scheduledId'])}")
+
+
+async def _do_remind_list(args: argparse.Namespace) -> None:
+    async with _quiet(args) as client:
+        entries = (await client.request("list_scheduled"))["messages"]
+    _print_table(args, entries, {
+        "ID": "id", "AT": lambda entry: _local_time(entry["deliverAt"]),
+        "TO": lambda entry: "yourself" if entry["to"] == client.key else entry["to"][:KEY_DIGITS],
+        "CRON": lambda entry: entry.get("cron", "-"), "SENT": lambda entry: str(entry.get("firedCount", "-")),
+        "TEXT": lambda entry: entry["message"][:60]})
+
+
+async def _do_remind_cancel(args: argparse.Namespace) -> None:
+    async with _quiet(args) as client:
+        ack = await client.request("cancel_scheduled", scheduledId=args.id)
+    if not ack["ok"]:
+        raise MeshError("not_found", f"nothing scheduled has the id {args.id!r} (see claudemesh remind list)")
+    print(f"{_shown(args.id)} will not be sent")
 
 
 async def _do_state_get(args: argparse.Namespace) -> None:
@@ -3627,6 +3779,15 @@ COMMANDS = {  # CLI-2
     "inbox": Command("Talking", _do_inbox, "print the messages waiting for you", (
         _argument("--wait", type=_seconds, default=0.0, metavar="SECONDS", help="wait for one if there is none"),
         _MESH, _argument("--json", action="store_true", help="print one JSON object a line"))),
+    "remind": Command("Talking", _do_remind, "have a message sent later", (
+        _argument("message", metavar="MESSAGE", help="the text; - reads it from standard input"),
+        _argument("--in", dest="delay", type=_delay, metavar="TIME", help="90 (seconds), 20m, 1.5h, 2d"),
+        _argument("--at", type=_moment, metavar="TIME", help="14:30, or 2027-01-31T09:00; local unless it says"),
+        _argument("--cron", metavar="EXPRESSION", help='again and again: "0 9 * * MON-FRI", in UTC unless CRON_TZ=... precedes'),
+        _argument("--to", metavar="TO", help="name, key, @group or * (default: yourself)"), _MESH, _JSON)),
+    "remind list": Command("Talking", _do_remind_list, "what you have scheduled", (_MESH, _JSON)),
+    "remind cancel": Command("Talking", _do_remind_cancel, "call a scheduled message off", (
+        _argument("id", metavar="ID", help="from `claudemesh remind list`"), _MESH)),
     "state get": Command("Talking", _do_state_get, "read a shared key", (_KEY, _MESH, _JSON)),
     "state set": Command("Talking", _do_state_set, "write a shared key", (
         _KEY, _argument("value", metavar="VALUE", help="JSON, else it is taken as text"), _MESH, _JSON)),

@@ -609,7 +609,8 @@ def test_a_call_that_makes_no_sense_is_a_result_too(capsys: pytest.CaptureFixtur
 @pytest.mark.spec("MCP-24")
 def test_without_a_mesh_every_tool_says_how_to_join_one() -> None:
     needed = {"to": "x", "message": "x", "id": "x", "summary": "x", "status": "idle", "visible": True, "key": "x",
-              "value": 1, "name": "x", "title": "x", "collection": "x", "text": "x", "query": "x", "sql": "x"}
+              "value": 1, "name": "x", "title": "x", "collection": "x", "text": "x", "query": "x", "sql": "x",
+              "in_seconds": 5, "speed": 2, "url": "x", "watch_id": "x"}
     for tool in claudemesh.TOOLS:
         properties = claudemesh._schema(tool)["properties"]
         args = {name: value for name, value in needed.items() if name in properties}
