@@ -19,8 +19,9 @@ outlives its socket by a grace. A `Link` is one socket. One timer (`Broker.tick`
 
 Sections: 1 settings and tables, 2 metrics, limits, log, 3 pushes and links, 4 peers and meshes,
 5 delivery, 6 the turn, 7 life of a connection, 8 handlers: delivery, 9 handlers: presence,
-10 handlers: state, audit, info, 11 handlers: vectors and SQL, 12 schedules and clock, 13 watches, 14 webhooks,
-15 HTTP routes, 16 start, tick, stop, 17 command line.
+10 handlers: state, audit, info, 11 handlers: memory, context, tasks, 12 handlers: streams, skills,
+13 handlers: vectors and SQL, 14 schedules and clock, 15 watches, 16 webhooks, 17 HTTP routes,
+18 start, tick, stop, 19 command line.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ RETENTION_SECONDS = 60.0  #: between two retention passes over a mesh
 PENDING_HOOK_MS = 10_000
 HOOK_FRESH_MS = 30_000
 STATUS_TTL_MS = 60_000
+TASK_LEASE_SECONDS = 900  #: a claimer gone for longer loses the task
 MESSAGE_TTL_MS = 7 * 24 * 3600 * 1000  # DELIV-17
 HELD_PER_MEMBER = 200
 WINDOW = 512  #: pushes a client may leave unacknowledged before the rest waits in the store
@@ -117,8 +119,12 @@ SUPERSEDED, REVOKED = 4000, 4001
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 STAT_NAMES = ("messagesIn", "messagesOut", "toolCalls", "errors")
 
-#: Longest text, in characters, of the fields that end up in rosters and lists (SPEC MSG-9).
-LENGTHS: dict[str, dict[str, int]] = {
+SKILL_NAME = re.compile(r"\w[\w.-]{0,63}")  #: of any script; needs no escape in a command or a path (SPEC SKILL-2)
+
+TAGS = (32, 64)
+#: Longest text, in characters, of the fields that end up in rosters and lists; of a list, how many texts and how
+#: long each (SPEC MSG-9).
+LENGTHS: dict[str, dict[str, Any]] = {
     "hello": {"displayName": 128, "sessionId": 256, "cwd": 4096, "hostname": 256, "channel": 64, "model": 128},
     "send": {"targetSpec": 256, "id": 128, "client_message_id": 128, "nonce": 64},
     "set_summary": {"summary": 2048},
@@ -126,6 +132,15 @@ LENGTHS: dict[str, dict[str, int]] = {
     "join_group": {"name": 64, "role": 64},
     "set_state": {"key": 256},
     "get_state": {"key": 256},
+    "remember": {"content": 16_384, "tags": TAGS},
+    "recall": {"query": 512},
+    "share_context": {"summary": 4096, "filesRead": (128, 512), "keyFindings": (64, 1024), "tags": TAGS},
+    "get_context": {"query": 512},
+    "create_task": {"title": 1024, "assignee": 128, "priority": 32, "tags": TAGS},
+    "complete_task": {"result": 16_384},
+    "create_stream": {"name": 128},
+    "share_skill": {"description": 2048, "instructions": 256 * 1024, "tags": TAGS},
+    "list_skills": {"query": 256},
     "vector_store": {"collection": 128, "text": 8192},
     "vector_search": {"collection": 128, "query": 1024},
     "vector_delete": {"collection": 128, "id": 64},
@@ -134,12 +149,22 @@ LENGTHS: dict[str, dict[str, int]] = {
     "schedule": {"to": 256, "message": 64 * 1024},
     "watch": {"url": 2048, "extract": 256, "notify_on": 1024, "label": 128},
 }
-STATE_VALUE_BYTES = 256 * 1024
+STATE_VALUE_BYTES = STREAM_DATA_BYTES = 256 * 1024
 STATE_TOTAL_BYTES = 1_500_000  #: all keys and values of a mesh, so that `state_list` fits into one message
-PROFILE_BYTES = 8 * 1024
+PROFILE_BYTES, MANIFEST_BYTES = 8 * 1024, 16 * 1024
 REPLY_CHARACTERS = wire.MAX_MESSAGE_BYTES // 2  #: of an answer; a character has two bytes on the average at most
 PUSH_OVERHEAD = 4096  #: what a push adds to nonce and ciphertext: ids, keys, names, target
+#: Texts that say something: neither empty nor blank (SPEC MSG-13).
+FILLED = {
+    "set_state": ("key",), "remember": ("content",), "recall": ("query",), "share_context": ("summary",),
+    "get_context": ("query",), "create_task": ("title",), "share_skill": ("description", "instructions"),
+}
 MAX_GROUPS = 64
+MAX_SUBSCRIPTIONS = 256  #: of one connection
+MOST = {"memory": 10_000, "stream": 1000, "skill": 1000}  #: in one mesh (SPEC MSG-15)
+FOUND = 20  #: entries a search answers at most
+LISTED = 100  #: entries a list of tasks or contexts answers at most
+PAGE_BYTES = 1_000_000  #: of JSON in a list; less than an answer may have
 VECTOR_METADATA_BYTES = 16 * 1024
 VECTOR_RESULTS = (10, 100)  #: default and largest number of texts vector_search finds
 VECTOR_ANSWER_BYTES = 768 * 1024  #: what does not fit is left out, the least similar first (VEC-7)
@@ -164,6 +189,7 @@ class Settings:
     hook_rate: int = 30  #: status hooks per minute and (pid, cwd)
     send_rate: int = 0  #: sends per second and connection, 0 = unlimited
     status_ttl: int = STATUS_TTL_MS
+    task_lease: int = TASK_LEASE_SECONDS
     watch_allow_private: bool = False  #: watches may look at addresses that are not public
     admin_token: str = ""  #: lets its bearer create meshes from elsewhere than loopback
     embedder: str = ""  #: module:function that vector_search asks, from a list of texts to lists of floats
@@ -179,6 +205,7 @@ class Settings:
             f"a message may have from 65536 to {wire.MAX_MESSAGE_BYTES} bytes: clients read no more":
                 not 65536 <= self.max_message <= wire.MAX_MESSAGE_BYTES,
             "a rate is not negative": self.send_rate < 0 or self.hook_rate < 1,
+            "a lease is not negative": self.task_lease < 0,
             f"{self.data} is not a directory": self.data.exists() and not self.data.is_dir(),
         }
         for sentence, so in wrong.items():
@@ -348,7 +375,7 @@ class Link:
 
     __slots__ = ("hub", "conn", "task", "opened", "heard", "pinged", "mesh", "peer", "out", "out_bytes",
                  "speaking", "fresh", "pushed", "inflight", "unshown", "by_id", "written", "acks",
-                 "shows_target", "resuming", "aside", "closed", "closing", "sent", "acked")
+                 "shows_target", "hears_events", "streams", "resuming", "aside", "closed", "closing", "sent", "acked")
 
     def __init__(self, hub: Broker, conn: wire.Connection, task: asyncio.Task[Any], now: float) -> None:
         self.hub, self.conn, self.task = hub, conn, task
@@ -364,7 +391,8 @@ class Link:
         self.unshown: dict[int, Flight] = {}  #: by `seq`, acknowledged as delivered but not as shown
         self.by_id: dict[str, int] = {}
         self.written: list[tuple[int, str]] = []  #: rows final once the socket has taken them
-        self.acks = self.shows_target = False
+        self.acks = self.shows_target = self.hears_events = False
+        self.streams: set[str] = set()  #: subscribed to; they end with the connection
         self.resuming: asyncio.Task[None] | None = None
         self.aside = asyncio.Lock()  #: held by the one request that is at work in a thread
         self.closed = False  #: nothing that arrives is handled any more
@@ -404,11 +432,11 @@ class Link:
             raise Refused("too_large", f"{type}: the answer is longer than a message may be")  # MSG-12
         self.say(text)
 
-    def done(self, frame: dict[str, Any]) -> None:
+    def done(self, frame: dict[str, Any], **fields: Any) -> None:
         """Acknowledges a request that upstream leaves unanswered, if it asks by a `_reqId` (SPEC MSG-8)."""
         request = frame.get("_reqId")
         if request and isinstance(request, str):
-            self.say(encode({"type": "ack", "id": request, "messageId": "", "queued": False, "_reqId": request}))
+            self.say(encode({"type": "ack", "id": request, "messageId": "", "queued": False, **fields, "_reqId": request}))
 
     def push(self, envelope: Envelope, recipient: str = "", sealed_key: str | None = None) -> None:
         """Sends a push; a stored one stays in flight until it is acknowledged (SPEC DELIV-8)."""
@@ -627,6 +655,12 @@ class Mesh:
     def sessions(self, member: Member) -> list[Peer]:
         """The presences of one member."""
         return [peer for peer in self.peers.values() if peer.member.id == member.id]
+
+    def is_here(self, key: str) -> bool:
+        """Whether a session key, or any session of a member key, is connected right now."""
+        member = self.by_pubkey.get(key)
+        peers = self.sessions(member) if member is not None else filter(None, [self.peers.get(key)])
+        return any(peer.link is not None for peer in peers)
 
     def save(self, peer: Peer, now: int) -> None:
         """Keeps a peer's saved state; a quiet peer leaves it alone (SPEC PRES-10)."""
@@ -891,7 +925,7 @@ def admit(hub: Broker, link: Link, hello: dict[str, Any]) -> tuple[Mesh, Member,
     if member is None:
         raise Refused("unauthorized", wire.ERRORS["unauthorized"])  # HELLO-6
     wire.check(hello)  # HELLO-3: the remaining fields
-    check_lengths(hello)
+    check_texts(hello)
     for group in hello.get("groups") or ():
         check_group(group["name"])
     key, proven = _session_key(mesh, member, hello)
@@ -998,6 +1032,7 @@ def _attach(hub: Broker, mesh: Mesh, peer: Peer, link: Link, offered: list[str])
     mesh.undo.append(lambda: _detach_again(mesh, peer, link, older))
     hub.touch(mesh)
     link.acks, link.shows_target = "client_ack" in offered, "target" in offered
+    link.hears_events = "events" in offered
     mesh.links.add(link)
     hub.waiting.discard(link)
     hub.strangers.discard(link.task)
@@ -1101,6 +1136,7 @@ def detach(hub: Broker, link: Link) -> None:
     peer.link, peer.left_at = None, -GRACE_SECONDS if leaves else hub.monotonic()
     if takes_mail(mesh, peer):
         _requeue(hub, mesh, peer)
+    mesh.store.claimers_seen({peer.key, peer.member.pubkey}, hub.clock())  # TASK-3
     if peer.quiet or leaves:
         end_presence(hub, mesh, peer)
     hub.touch(mesh)
@@ -1142,12 +1178,50 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
 # check (raise Refused), store, reply, notify.
 
 
-def check_lengths(frame: dict[str, Any]) -> None:
-    """Raises `too_large` for a text longer than its limit (SPEC MSG-9)."""
-    for name, most in LENGTHS.get(frame["type"], {}).items():
+def check_texts(frame: dict[str, Any]) -> None:
+    """Raises `too_large` for a text longer than its limit (SPEC MSG-9), `malformed` for a blank one (MSG-13)."""
+    kind = frame["type"]
+    for name, most in LENGTHS.get(kind, {}).items():
         value = frame.get(name)
-        if value is not None and len(value) > most:
-            raise Refused("too_large", f"{frame['type']}.{name}: longer than {most} characters")
+        if value is not None:
+            _check_length(f"{kind}.{name}", value, most)
+    for name in FILLED.get(kind, ()):
+        if not frame[name].strip():
+            raise Refused("malformed", f"{kind}.{name}: empty")
+
+
+def _check_length(where: str, value: str | list[str], most: Any) -> None:
+    if isinstance(value, list):
+        many, most = most
+        if len(value) > many:
+            raise Refused("too_large", f"{where}: more than {many} items")
+    if any(len(text) > most for text in (value if isinstance(value, list) else [value])):
+        raise Refused("too_large", f"{where}: longer than {most} characters")
+
+
+def check_json(frame: dict[str, Any], name: str, value: Any, most: int) -> None:
+    """Raises `too_large` for a JSON value of more than `most` bytes (SPEC MSG-9)."""
+    if len(encode(value).encode()) > most:
+        raise Refused("too_large", f"{frame['type']}.{name}: longer than {most} bytes")
+
+
+def check_room(mesh: Mesh, table: str) -> None:
+    """Raises `limit` when the mesh has as many rows in `table` as it may (SPEC MSG-15)."""
+    if mesh.store.count(table) >= MOST[table]:
+        raise Refused("limit", f"{table}: a mesh keeps {MOST[table]} at most")
+
+
+def page(name: str, entries: list[dict[str, Any]], most: int | None = None) -> dict[str, Any]:
+    """The fields of a list reply: the first `most` entries as far as they fit into a frame, and whether these are
+    not all (SPEC MSG-14)."""
+    kept: list[dict[str, Any]] = []
+    size = 0
+    for entry in entries[:most]:
+        size += len(encode(entry).encode())
+        if size > PAGE_BYTES:
+            break
+        kept.append(entry)
+    return {name: kept} | ({"truncated": True} if len(kept) < len(entries) else {})
 
 
 def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
@@ -1352,8 +1426,7 @@ def on_set_profile(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """set_profile: merges the fields that are given (SPEC PRES-9)."""
     given = {name: frame[name] for name in ("avatar", "title", "bio", "capabilities") if frame.get(name) is not None}
     profile = {**link.peer.profile, **given}
-    if len(encode(profile).encode()) > PROFILE_BYTES:
-        raise Refused("too_large", f"set_profile: the profile is longer than {PROFILE_BYTES} bytes")
+    check_json(frame, "profile", profile, PROFILE_BYTES)
     link.peer.profile = profile
     link.mesh.save(link.peer, hub.clock())
     link.reply(frame, "ack", id=frame.get("_reqId") or "", messageId="", queued=False)
@@ -1403,38 +1476,50 @@ def _peer_entry(peer: Peer) -> dict[str, Any]:
 
 
 def on_set_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
-    """set_state: writes one shared key and tells the others (SPEC STATE-1)."""
-    mesh, peer, key, value = link.mesh, link.peer, frame["key"], frame["value"]
-    if not key:
-        raise Refused("malformed", "set_state.key: empty")
-    if len(encode(value).encode()) > STATE_VALUE_BYTES:
-        raise Refused("too_large", f"set_state.value: longer than {STATE_VALUE_BYTES} bytes")
+    """set_state: writes one shared key, if it is at the version expected, and tells the others (SPEC STATE-1)."""
+    mesh, peer, key, value, expected = link.mesh, link.peer, frame["key"], frame["value"], frame.get("ifVersion")
+    check_json(frame, "value", value, STATE_VALUE_BYTES)
     if mesh.store.state_size(key) + len(key) + len(encode(value).encode()) > STATE_TOTAL_BYTES:
         raise Refused("limit", f"the state of a mesh is {STATE_TOTAL_BYTES} bytes at most")  # STATE-4
+    if expected is not None:
+        _check_version(key, mesh.store.get_state(key), expected)
     now = hub.clock()
-    mesh.store.set_state(key, value, peer.member.id, peer.member.name, now)
+    version = mesh.store.set_state(key, value, peer.member.id, peer.member.name, now)
     mesh.store.audit("state_set", peer.member.id, peer.name, {"key": key}, now)  # AUDIT-4: never the value
-    link.done(frame)
-    change = encode({"type": "state_change", "key": key, "value": value, "updatedBy": peer.member.name})
-    for other in mesh.links:
+    link.done(frame, version=version)
+    tell_others(link, "state_change", key=key, value=value, updatedBy=peer.member.name, version=version)
+
+
+def _check_version(key: str, row: storage.StateRow | None, expected: float) -> None:
+    version, value = (row.version, row.value) if row else (0, None)
+    if version != expected:  # STATE-5
+        raise Refused("state_conflict", f"{key!r} is at version {version}: {encode(value)[:200]}", value=value, version=version)
+
+
+def tell_others(link: Link, type: str, **fields: Any) -> None:
+    """Writes a frame to every other connection of the mesh but the quiet ones."""
+    text = encode({"type": type, **fields})
+    for other in link.mesh.links:
         if other is not link and not other.peer.quiet:
-            other.say(change)
+            other.say(text)
 
 
 def _state_entry(row: storage.StateRow) -> dict[str, Any]:
-    return {"key": row.key, "value": row.value, "updatedBy": row.updated_by, "updatedAt": iso(row.updated_at)}
+    return {"key": row.key, "value": row.value, "updatedBy": row.updated_by, "updatedAt": iso(row.updated_at),
+            "version": row.version}
 
 
 def on_get_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """get_state: one shared key; an absent one has empty `updatedBy` and `updatedAt` (SPEC STATE-2)."""
     row = link.mesh.store.get_state(frame["key"])
-    entry = _state_entry(row) if row else {"key": frame["key"], "value": None, "updatedBy": "", "updatedAt": ""}
+    entry = _state_entry(row) if row else {
+        "key": frame["key"], "value": None, "updatedBy": "", "updatedAt": "", "version": 0}
     link.reply(frame, "state_result", **entry)
 
 
 def on_list_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """list_state: every shared key, by key (SPEC STATE-3)."""
-    link.reply(frame, "state_list", entries=[_state_entry(row) for row in link.mesh.store.list_state()])
+    link.reply(frame, "state_list", **page("entries", [_state_entry(row) for row in link.mesh.store.list_state()]))
 
 
 def on_mesh_info(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
@@ -1444,8 +1529,8 @@ def on_mesh_info(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     link.reply(
         frame, "mesh_info_result", mesh=mesh.id, peers=len(shown),
         groups=sorted({f"@{name}" for p in shown for name in p.groups}),
-        stateKeys=[row.key for row in mesh.store.list_state()], memoryCount=0, fileCount=0,
-        tasks={"open": 0, "claimed": 0, "done": 0}, streams=[], tables=mesh.tables,
+        stateKeys=[row.key for row in mesh.store.list_state()], memoryCount=mesh.store.count("memory"), fileCount=0,
+        tasks=mesh.store.task_counts(), streams=[row.name for row in mesh.store.list_streams()], tables=mesh.tables,
         collections=mesh.store.collections(),
         yourName=peer.name, yourGroups=peer.group_list())
 
@@ -1479,7 +1564,235 @@ def on_audit_verify(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     hub.later(link, frame, verify(), "audit_verify_error")
 
 
-# --- 11. Handlers: vectors and SQL ----------------------------------------------------------------
+# --- 11. Handlers: memory, context, tasks ---------------------------------------------------------
+
+
+def on_remember(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """remember: keeps a text for the whole mesh (SPEC MEM-1)."""
+    check_room(link.mesh, "memory")
+    member = link.peer.member
+    id = link.mesh.store.remember(frame["content"], frame.get("tags") or (), member.id, member.name, hub.clock())
+    link.reply(frame, "memory_stored", id=id)
+
+
+def on_recall(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """recall: the memories with all words of the query, best first (SPEC MEM-2)."""
+    search(hub, link, frame, storage.search_memory, "memory_results", "memories", lambda row: {
+        "id": row.id, "content": row.content, "tags": row.tags, "rememberedBy": row.author, "rememberedAt": iso(row.created_at)})
+
+
+def search(hub: Broker, link: Link, frame: dict[str, Any], find: Callable[[Path, str, int], list[Any]], type: str, name: str,
+           entry: Callable[[Any], dict[str, Any]]) -> None:
+    """Answers `frame` with what `find` finds for its query, from a thread: ranking looks at every match."""
+    directory = hub.directory(link.mesh.slug)
+
+    async def work() -> None:
+        async with hub.aside(link, link.mesh.readers):  # MEM-2: what was accepted before the query is found by it
+            rows = await asyncio.to_thread(find, directory, frame["query"], FOUND + 1)
+        link.reply(frame, type, **page(name, [entry(row) for row in rows], FOUND))
+
+    hub.later(link, frame, work(), "storage_error")
+
+
+def on_forget(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """forget: takes a memory out of every search (SPEC MEM-4)."""
+    id = frame["memoryId"]
+    if not link.mesh.store.forget(id, hub.clock()):
+        raise Refused("not_found", f"no such memory: {id[:70]}")
+    link.reply(frame, "ack", id=id, messageId=id, queued=False)
+
+
+def on_share_context(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """share_context: replaces what this session says it has learned, and tells the others (SPEC CTX-1, CTX-2)."""
+    peer, summary = link.peer, frame["summary"]
+    id = link.mesh.store.share_context(
+        peer.member.id, peer.session_id, peer.member.name, summary, files=frame.get("filesRead") or (),
+        findings=frame.get("keyFindings") or (), tags=frame.get("tags") or (), now=hub.clock())
+    link.reply(frame, "context_shared", id=id)
+    tell_others(link, "state_change", key=f"_context:{peer.member.name}", value=summary, updatedBy=peer.member.name)
+
+
+def on_get_context(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """get_context: the contexts with all words of the query, best first (SPEC CTX-3)."""
+    search(hub, link, frame, storage.search_contexts, "context_results", "contexts", lambda row: {
+        **_context_entry(row), "filesRead": row.files, "keyFindings": row.findings})
+
+
+def on_list_contexts(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_contexts: the newest contexts, without files and findings (SPEC CTX-4)."""
+    rows = link.mesh.store.list_contexts(LISTED + 1)
+    link.reply(frame, "context_list", **page("contexts", [_context_entry(row) for row in rows], LISTED))
+
+
+def _context_entry(row: storage.Context) -> dict[str, Any]:
+    return {"peerName": row.author, "summary": row.summary, "tags": row.tags, "updatedAt": iso(row.updated_at)}
+
+
+def on_create_task(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """create_task: adds an open task (SPEC TASK-1)."""
+    id = link.mesh.store.create_task(frame["title"], frame.get("assignee"), frame.get("priority") or "normal",
+                                     frame.get("tags") or (), link.peer.member.name, hub.clock())
+    if id is None:
+        raise Refused("limit", f"a mesh keeps {storage.TASKS_KEPT} tasks at most, and none of them is done")
+    link.reply(frame, "task_created", id=id)
+
+
+def on_claim_task(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """claim_task: takes an open task; of several who try, one gets it (SPEC TASK-2)."""
+    store, peer, id = link.mesh.store, link.peer, frame["taskId"]
+    if not store.claim_task(id, peer.key, peer.member.id, peer.member.name, hub.clock()):
+        task = store.task(id)
+        if task is None:
+            raise Refused("task_not_claimable", f"no such task: {id[:70]}")
+        raise _taken("task_not_claimable", task)
+    _reply_tasks(link, frame)
+
+
+def _taken(code: str, task: storage.Task) -> Refused:
+    """Who has a task, for whoever comes too late; the key tells one session of a member from another."""
+    return Refused(code, f"the task is {task.status} by {task.claimed_by} (key {task.claimer[:16]})", claimedBy=task.claimed_by)
+
+
+def on_complete_task(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """complete_task: marks a task done that nobody else has (SPEC TASK-4)."""
+    store, peer, id = link.mesh.store, link.peer, frame["taskId"]
+    task = store.task(id)
+    if task is None:
+        raise Refused("task_not_found", f"no such task: {id[:70]}")
+    if task.status != "open" and not _has_task(peer, task):
+        raise _taken("task_conflict", task)
+    store.complete_task(id, peer.key, peer.member.id, peer.member.name, frame.get("result"), hub.clock())
+    _reply_tasks(link, frame)
+
+
+def _has_task(peer: Peer, task: storage.Task) -> bool:
+    """Whether a claim is the peer's: its session's, or, where either side speaks as the member, its member's."""
+    same_member = task.claimer_member == peer.member.id
+    return task.claimer == peer.key or same_member and peer.member.pubkey in (peer.key, task.claimer)
+
+
+def on_list_tasks(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_tasks: the newest tasks, of one status or assignee if asked for (SPEC TASK-5)."""
+    status = frame.get("status")
+    _reply_tasks(link, frame, "done" if status == "completed" else status, frame.get("assignee"))
+
+
+def _reply_tasks(link: Link, frame: dict[str, Any], status: str | None = None, assignee: str | None = None) -> None:
+    rows = link.mesh.store.list_tasks(status, assignee, LISTED + 1)
+    link.reply(frame, "task_list", **page("tasks", [
+        {"id": row.id, "title": row.title, "assignee": row.assignee, "claimedBy": row.claimed_by, "status": row.status,
+         "priority": row.priority, "createdBy": row.created_by, "tags": row.tags, "createdAt": iso(row.created_at),
+         "result": row.result, "completedAt": iso(row.completed_at) if row.completed_at else None} for row in rows], LISTED))
+
+
+# --- 12. Handlers: streams, skills ----------------------------------------------------------------
+
+
+def on_create_stream(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """create_stream: makes a stream; one that is there already is as good (SPEC STREAM-1)."""
+    store, name = link.mesh.store, frame["name"]
+    if not name or name != name.strip() or not name.isprintable():
+        raise Refused("invalid_name", f"not a stream name: {name[:64]!r}")
+    if store.stream(name) is None:
+        check_room(link.mesh, "stream")
+    stream = store.create_stream(name, link.peer.member.name, hub.clock())
+    link.reply(frame, "stream_created", id=stream.id, name=name)
+
+
+def _check_stream(link: Link, name: str) -> None:
+    if link.mesh.store.stream(name) is None:  # STREAM-2
+        raise Refused("not_found", f"no such stream: {name[:70]!r}; create_stream makes it")
+
+
+def on_publish(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """publish: hands a value to the stream's other subscribers, now or never (SPEC STREAM-3)."""
+    name, data = frame["stream"], frame["data"]
+    _check_stream(link, name)
+    check_json(frame, "data", data, STREAM_DATA_BYTES)
+    link.done(frame)
+    hub.metrics.add("broker_messages_routed_total", "stream")
+    text = encode({"type": "stream_data", "stream": name, "data": data, "publishedBy": link.peer.member.name})
+    for other in link.mesh.links:
+        if other is not link and name in other.streams:
+            other.say(text)  # STREAM-6: one that does not read is closed, and delays nobody
+
+
+def on_subscribe(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """subscribe: this connection gets what is published from now on (SPEC STREAM-4)."""
+    name = frame["stream"]
+    _check_stream(link, name)
+    if name not in link.streams and len(link.streams) >= MAX_SUBSCRIPTIONS:
+        raise Refused("limit", f"a connection subscribes to {MAX_SUBSCRIPTIONS} streams at most")
+    link.streams.add(name)
+    link.reply(frame, "subscribed", stream=name)
+
+
+def on_unsubscribe(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """unsubscribe: ends a subscription, if there is one (SPEC STREAM-4)."""
+    link.streams.discard(frame["stream"])
+    link.done(frame)
+
+
+def on_list_streams(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_streams: every stream by name, with how many connections are subscribed (SPEC STREAM-5)."""
+    live = [other.streams for other in link.mesh.links if not other.closed]
+    link.reply(frame, "stream_list", **page("streams", [
+        {"id": row.id, "name": row.name, "createdBy": row.created_by, "createdAt": iso(row.created_at),
+         "subscriberCount": sum(row.name in streams for streams in live)} for row in link.mesh.store.list_streams()]))
+
+
+def on_share_skill(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """share_skill: publishes a skill, or replaces the one of that name (SPEC SKILL-1)."""
+    store, member, name, now = link.mesh.store, link.peer.member, frame["name"], hub.clock()
+    if not SKILL_NAME.fullmatch(name):  # SKILL-2
+        raise Refused("invalid_name", f"not a skill name: {name[:64]!r}; expected letters, digits, _ . and -, at most 64")
+    check_json(frame, "manifest", frame.get("manifest"), MANIFEST_BYTES)
+    if store.skill(name) is None:
+        check_room(link.mesh, "skill")
+    store.share_skill(storage.Skill(name, frame["description"], frame["instructions"], frame.get("tags") or [],
+                                    frame.get("manifest"), member.name, now, now), member.id)
+    _skill_changed(hub, link, frame, "shared")
+
+
+def _skill_changed(hub: Broker, link: Link, frame: dict[str, Any], action: str) -> None:
+    """Answers, and tells every connection that wants to know, the caller's included (SPEC SKILL-5)."""
+    link.reply(frame, "skill_ack", name=frame["name"], action=action)
+    data = {"name": frame["name"], "action": action, "by": link.peer.member.name}
+    push = system_push(link.mesh.id, hub.uuid(), "skills_changed", data, hub.clock())
+    for other in link.mesh.links:
+        if other.hears_events and not other.peer.quiet:
+            other.push(push)
+
+
+def on_get_skill(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """get_skill: one skill whole, or null (SPEC SKILL-3)."""
+    row = link.mesh.store.skill(frame["name"])
+    link.reply(frame, "skill_data", skill=row and {
+        **_skill_entry(row), "instructions": row.instructions, "manifest": row.manifest})
+
+
+def _skill_entry(row: storage.Skill) -> dict[str, Any]:
+    return {"name": row.name, "description": row.description, "tags": row.tags, "author": row.author,
+            "createdAt": iso(row.created_at)}
+
+
+def on_list_skills(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_skills: by name, those whose name, description or a tag contains the query (SPEC SKILL-4)."""
+    query = (frame.get("query") or "").casefold()
+    link.reply(frame, "skill_list", **page("skills", [
+        _skill_entry(row) for row in link.mesh.store.list_skills()
+        if any(query in text.casefold() for text in (row.name, row.description, *row.tags))]))
+
+
+def on_remove_skill(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """remove_skill: deletes a skill, or says that there is none (SPEC SKILL-1)."""
+    if link.mesh.store.remove_skill(frame["name"]):
+        _skill_changed(hub, link, frame, "removed")
+    else:
+        link.reply(frame, "skill_ack", name=frame["name"], action="not_found")
+
+
+# --- 13. Handlers: vectors and SQL ----------------------------------------------------------------
 # What a member can make long runs in a thread, on a connection of its own, after what was asked before.
 
 
@@ -1631,7 +1944,7 @@ def on_mesh_schema(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     hub.later(link, frame, describe(), "schema_error")
 
 
-# --- 12. Schedules and clock ----------------------------------------------------------------------
+# --- 14. Schedules and clock ----------------------------------------------------------------------
 # Nothing here waits. What is due is in the store or in `SimClock`; the broker's one timer asks.
 
 
@@ -1784,7 +2097,7 @@ def beat(hub: Broker, mesh: Mesh, now: float) -> None:
                 link.push(push)
 
 
-# --- 13. Watches ----------------------------------------------------------------------------------
+# --- 15. Watches ----------------------------------------------------------------------------------
 # The broker fetches what members name, so it must not become their way into its own network: a host is
 # looked up once for each request, and the connection goes to an address that was checked, never to the name.
 
@@ -1990,7 +2303,7 @@ def _worth_telling(rule: str, old: str, new: str) -> bool:
     return {"change": True, "match": new == wanted, "not_match": old == wanted}[kind]
 
 
-# --- 14. Webhooks ---------------------------------------------------------------------------------
+# --- 16. Webhooks ---------------------------------------------------------------------------------
 
 
 def on_create_webhook(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
@@ -2052,6 +2365,14 @@ HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "join_group": on_join_group, "leave_group": on_leave_group, "list_peers": on_list_peers,
     "set_state": on_set_state, "get_state": on_get_state, "list_state": on_list_state,
     "mesh_info": on_mesh_info, "audit_query": on_audit_query, "audit_verify": on_audit_verify,
+    "remember": on_remember, "recall": on_recall, "forget": on_forget,
+    "share_context": on_share_context, "get_context": on_get_context, "list_contexts": on_list_contexts,
+    "create_task": on_create_task, "claim_task": on_claim_task, "complete_task": on_complete_task,
+    "list_tasks": on_list_tasks,
+    "create_stream": on_create_stream, "publish": on_publish, "subscribe": on_subscribe,
+    "unsubscribe": on_unsubscribe, "list_streams": on_list_streams,
+    "share_skill": on_share_skill, "get_skill": on_get_skill, "list_skills": on_list_skills,
+    "remove_skill": on_remove_skill,
     "vector_store": on_vector_store, "vector_search": on_vector_search, "vector_delete": on_vector_delete,
     "list_collections": on_list_collections,
     "mesh_query": on_mesh_query, "mesh_execute": on_mesh_execute, "mesh_schema": on_mesh_schema,
@@ -2062,7 +2383,7 @@ HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
 }
 
 
-# --- 15. HTTP routes ------------------------------------------------------------------------------
+# --- 17. HTTP routes ------------------------------------------------------------------------------
 
 #: On every answer (SPEC HTTP-28).
 CORS = (("Access-Control-Allow-Origin", "*"), ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, OPTIONS"),
@@ -2267,7 +2588,7 @@ def _check_preset(preset: Any) -> None:
     if fault is not None:
         raise Denied(400, "bad_request", f"preset{fault}")
     try:
-        check_lengths({**preset, "type": "hello"})
+        check_texts({**preset, "type": "hello"})
         for group in preset.get("groups") or ():
             check_group(group["name"])
     except Refused as error:
@@ -2372,7 +2693,7 @@ def refusal(error: HttpError, *, head: bool) -> bytes:
     return wire.error_response(error, headers=CORS, head=head)
 
 
-# --- 16. Start, tick, stop ------------------------------------------------------------------------
+# --- 18. Start, tick, stop ------------------------------------------------------------------------
 
 
 class Broker(Turn):
@@ -2562,7 +2883,10 @@ class Broker(Turn):
         except (storage.StoreError, sqlite3.Error) as error:
             self.log("error", "mesh not opened", mesh=self.slugs[mesh_id], reason=str(error))
             raise Refused("storage_error", "the mesh cannot be opened; the broker's log says why") from None
-        return self.meshes.setdefault(mesh_id, opened)
+        opened.store.renew_claims(self.clock())  # TASK-3
+        self.meshes[mesh_id] = opened
+        self.touch(opened)
+        return opened
 
     def create_mesh(self, slug: str, name: str, owner_pubkey: str) -> Mesh:
         """Makes the directory of a new mesh and opens it."""
@@ -2691,7 +3015,7 @@ class Broker(Turn):
             if frame.get("type") == "hello":
                 raise Refused("already_authenticated", wire.ERRORS["already_authenticated"])  # HELLO-11
             message = wire.check(frame)
-            check_lengths(frame)
+            check_texts(frame)
             handler = HANDLERS.get(message.name)
             if handler is None:
                 raise Refused("not_implemented", f"{message.name}: {wire.ERRORS['not_implemented']}")  # MSG-11
@@ -2949,6 +3273,7 @@ class Broker(Turn):
         self._tick_status(mesh)
         for peer in [p for p in mesh.peers.values() if p.link is None and now - p.left_at > GRACE_SECONDS]:
             end_presence(self, mesh, peer)  # PRES-5
+        self._tick_claims(mesh)
         if now - mesh.pruned_at > RETENTION_SECONDS and not mesh.store.prune(self.clock()):
             mesh.pruned_at = now  # STORE-19: bounded passes, one a second until nothing is left to do
         if mesh in self.sick:
@@ -2978,6 +3303,15 @@ class Broker(Turn):
             link.peer.backlog = True
             drain(self, mesh, link.peer)
 
+    def _tick_claims(self, mesh: Mesh) -> None:
+        """Takes tasks back from claimers who are gone for longer than the lease (SPEC TASK-3)."""
+        now = self.clock()
+        for task, claimer in mesh.store.unseen_claims(now - self.settings.task_lease * 1000):
+            if mesh.is_here(claimer):
+                mesh.store.claimers_seen([claimer], now)
+            else:
+                mesh.store.reopen_task(task)
+
     def _tick_status(self, mesh: Mesh) -> None:
         late = self.clock() - self.settings.status_ttl
         stuck = [p for p in mesh.peers.values() if p.status == "working" and p.status_at < late]
@@ -2994,7 +3328,7 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-# --- 17. Command line -----------------------------------------------------------------------------
+# --- 19. Command line -----------------------------------------------------------------------------
 
 
 def default_data() -> Path:
@@ -3026,6 +3360,8 @@ def parser() -> argparse.ArgumentParser:
                          help="longest message (default and most: %(default)s)")
     options.add_argument("--max-connections", type=int, default=100, metavar="N", help="per mesh (default: %(default)s)")
     options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection (default: no limit)")
+    options.add_argument("--task-lease", type=int, default=TASK_LEASE_SECONDS, metavar="SECONDS",
+                         help="a claimer gone for longer loses its tasks (default: %(default)s)")
     options.add_argument("--embedder", default="", metavar="MODULE:FUNCTION",
                          help="compares texts by this importable function, from a list of texts to lists of floats")
     options.add_argument("--watch-allow-private", action="store_true",

@@ -1560,8 +1560,10 @@ TOOLS = (
     Tool("leave_group", "Leave a group.", {"name!": _text("Group name.")},
          PRESENCE, "leave_group", "Left @{name}."),
     Tool("set_state", "Write a shared key of the mesh; every peer can read it and is told of the change.",
-         {"key!": _text("The key."), "value!": {"description": "Any JSON value."}},
-         WRITE, "set_state", "{key!r} = {value!r}"),
+         {"key!": _text("The key."), "value!": {"description": "Any JSON value."},
+          "if_version": {"type": "integer", "minimum": 0, "maximum": 2**53, "description":
+                         "Write only if the key is at this version (get_state tells; 0: not set yet)."}},
+         WRITE, "set_state", "{key!r} = {value!r}", {"if_version": "ifVersion"}),
     Tool("get_state", "Read one shared key of the mesh.", {"key!": _text("The key.")},
          READ, "get_state", _state_line),
     Tool("list_state", "Read all shared keys of the mesh.", {},

@@ -33,6 +33,13 @@ Invariants of the schema
                  when a connection ends. priority and expires_at repeat the message's, so that the gate and the
                  expiry are ranges of an index. held_for is the member key that gets the row when its session ends.
     state        one row per key; version counts its writes from 1.
+    memory       forgotten ones stay as rows and leave the search index.
+    context      one row per (member, session id), at most CONTEXTS_KEPT.
+    task         open -> claimed -> done, and back from claimed to open when the claimer is gone; claimer, the routing
+                 key, is null exactly while it is open. seen_at: when the claimer was last known to be here. At most
+                 TASKS_KEPT; the oldest done one makes room.
+    stream       one row per name; subscribers and data are not kept.
+    skill        one row per name.
     collection   a name as it was given; texts counts its vector rows, and the row goes with the last of them.
     vector       a stored text; terms holds the keys of its postings, so that it can be taken out again.
     term         in how many texts of a collection a term occurs: texts counts its postings. The key is the collection's
@@ -46,11 +53,12 @@ Invariants of the schema
     watch        seen is the last value that was seen, null before the first.
     webhook      one row per name; of the secret only the SHA-256 is kept.
 
-The members' own database, `sql.db` beside `mesh.db`, belongs to them: section 16 only guards it.
+The members' own database, `sql.db` beside `mesh.db`, belongs to them: section 21 only guards it.
 
-Sections: 1 constants and tables, 2 schema, 3 rows, 4 opening a database, 5 the audit chain, 6 the store (opening and
-transactions), 7 members and invites, 8 sessions, 9 messages, 10 deliveries, 11 state, 12 audit log, 13 retention,
-14 vectors, 15 schedules, 16 watches and webhooks, 17 comparing texts, 18 the members' own database.
+Sections: 1 constants and tables, 2 schema, 3 rows, 4 opening a database, 5 on a connection of one's own (audit chain,
+search), 6 the store (opening and transactions), 7 members and invites, 8 sessions, 9 messages, 10 deliveries, 11 state,
+12 memory and context, 13 tasks, 14 streams and skills, 15 audit log, 16 retention, 17 vectors, 18 schedules,
+19 watches and webhooks, 20 comparing texts, 21 the members' own database.
 """
 
 from __future__ import annotations
@@ -84,6 +92,8 @@ DAY_MS = 24 * 60 * 60 * 1000
 KEEP_SETTLED_MS = 7 * DAY_MS  # STORE-19: how long a message stays after its last delivery was settled
 KEEP_SESSIONS_MS = 90 * DAY_MS  # STORE-19: how long an unused session key or saved state stays
 AUDIT_PAGE_LIMIT = 200  # AUDIT-5
+CONTEXTS_KEPT = 1000  # CTX-1
+TASKS_KEPT = 10_000  # TASK-1
 GENESIS = "genesis"  # AUDIT-3: what the first entry names as its predecessor
 BUSY_TIMEOUT_S = 2.0  # for foreign tools that hold the file for a moment (backup, replication)
 CACHE_KIB = 16 * 1024
@@ -137,6 +147,22 @@ STATE_NAMES = tuple(DELIVERY_STATES)
 
 #: A row may settle as the state on the left when the number of its present state is below the one on the right.
 SETTLES_BELOW = {"delivered": 1, "final": 2, "shown": 3, "expired": 1}
+
+#: How what the broker limits in number is counted.
+COUNTED = {
+    "memory": "SELECT count(*) FROM memory WHERE forgotten_at IS NULL",
+    "stream": "SELECT count(*) FROM stream",
+    "skill": "SELECT count(*) FROM skill",
+}
+
+#: English words that say nothing about a text; a query does without them (MEM-2).
+STOP_WORDS = frozenset("""
+a about above after again against all am an and any are as at be because been before being below between both but by
+can could did do does doing down during each few for from further had has have having he her here hers him his how i if
+in into is it its itself just me more most my no nor not now of off on once only or other our ours out over own same she
+should so some such than that the their theirs them then there these they this those through to too under until up very
+was we were what when where which while who whom why will with would you your yours""".split())
+_WORD = re.compile(r"[^\W_]+")
 
 #: What SQLite's primary result code means to the person who starts a broker.
 REFUSALS = {
@@ -269,8 +295,54 @@ INSERT_DELIVERY = ("INSERT INTO delivery(message, recipient, held_for, sealed_ke
                    "VALUES (?, ?, ?, ?, ?, ?)")
 INSERT_AUDIT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
+# FTS5 keeps the words, the table the text: triggers hold the two together. Nothing changes a text once it is in.
+SCHEMA_SHARED = """
+CREATE TABLE memory (
+  rid INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, content TEXT NOT NULL, tags TEXT NOT NULL,
+  author_id TEXT, author TEXT NOT NULL, created_at INTEGER NOT NULL, forgotten_at INTEGER) STRICT;
+CREATE INDEX memory_live ON memory(rid) WHERE forgotten_at IS NULL;
+CREATE VIRTUAL TABLE memory_text USING fts5(
+  content, tags, content='memory', content_rowid='rid', tokenize='porter unicode61');
+CREATE TRIGGER memory_kept AFTER INSERT ON memory BEGIN
+  INSERT INTO memory_text(rowid, content, tags) VALUES (new.rid, new.content, new.tags); END;
+CREATE TRIGGER memory_forgotten AFTER UPDATE OF forgotten_at ON memory BEGIN
+  INSERT INTO memory_text(memory_text, rowid, content, tags) VALUES ('delete', old.rid, old.content, old.tags); END;
+
+CREATE TABLE context (
+  rid INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, member_id TEXT NOT NULL REFERENCES member(id),
+  session_id TEXT NOT NULL, author TEXT NOT NULL, summary TEXT NOT NULL, files TEXT NOT NULL, findings TEXT NOT NULL,
+  tags TEXT NOT NULL, updated_at INTEGER NOT NULL, UNIQUE (member_id, session_id)) STRICT;
+CREATE INDEX context_age ON context(updated_at);
+CREATE VIRTUAL TABLE context_text USING fts5(
+  summary, files, findings, tags, content='context', content_rowid='rid', tokenize='porter unicode61');
+CREATE TRIGGER context_kept AFTER INSERT ON context BEGIN
+  INSERT INTO context_text(rowid, summary, files, findings, tags)
+  VALUES (new.rid, new.summary, new.files, new.findings, new.tags); END;
+CREATE TRIGGER context_replaced AFTER DELETE ON context BEGIN
+  INSERT INTO context_text(context_text, rowid, summary, files, findings, tags)
+  VALUES ('delete', old.rid, old.summary, old.files, old.findings, old.tags); END;
+
+CREATE TABLE task (
+  rid INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, title TEXT NOT NULL, assignee TEXT, priority TEXT NOT NULL,
+  tags TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'claimed', 'done')),
+  created_by TEXT NOT NULL, created_at INTEGER NOT NULL,
+  claimer TEXT CHECK ((claimer IS NULL) = (status = 'open')), claimer_member TEXT, claimed_by TEXT,
+  seen_at INTEGER, result TEXT, completed_at INTEGER) STRICT;
+CREATE INDEX task_status ON task(status, rid);
+CREATE INDEX task_assignee ON task(assignee, rid);
+CREATE INDEX task_claimer ON task(claimer) WHERE status = 'claimed';
+CREATE INDEX task_seen ON task(seen_at) WHERE status = 'claimed';
+
+CREATE TABLE stream (
+  name TEXT PRIMARY KEY, id TEXT NOT NULL UNIQUE, created_by TEXT NOT NULL, created_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE skill (
+  name TEXT PRIMARY KEY, description TEXT NOT NULL, instructions TEXT NOT NULL, tags TEXT NOT NULL, manifest TEXT NOT NULL,
+  author_id TEXT, author TEXT NOT NULL, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+"""
+
 #: MIGRATIONS[n] takes a database from user_version n to n + 1. To change the schema, append a script; never edit one.
-MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS, SCHEMA_TIME]
+MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS, SCHEMA_TIME, SCHEMA_SHARED]
 
 
 # --- 3. Rows ----------------------------------------------------------------------------------------------------------
@@ -386,6 +458,64 @@ class StateRow(NamedTuple):
     updated_at: int
 
 
+class Memory(NamedTuple):
+    """Something remembered for good; `author` is the member's name at that time."""
+    id: str
+    content: str
+    tags: list[str]
+    author: str
+    created_at: int
+
+
+class Context(NamedTuple):
+    """What one session has learned; `author` is its member's name."""
+    id: str
+    author: str
+    summary: str
+    files: list[str]
+    findings: list[str]
+    tags: list[str]
+    updated_at: int
+
+
+class Task(NamedTuple):
+    """`status` is open, claimed or done. `claimer` is the routing key and `claimer_member` the member id of whoever
+    claimed it or did it, `claimed_by` that member's name."""
+    id: str
+    title: str
+    assignee: str | None
+    priority: str
+    tags: list[str]
+    status: str
+    created_by: str
+    created_at: int
+    claimer: str | None
+    claimer_member: str | None
+    claimed_by: str | None
+    result: str | None
+    completed_at: int | None
+
+
+class Stream(NamedTuple):
+    """A stream somebody has created."""
+    name: str
+    id: str
+    created_by: str
+    created_at: int
+
+
+class Skill(NamedTuple):
+    """An instruction text; `manifest` is whatever object its author gave, or None."""
+    name: str
+    description: str
+    instructions: str
+    tags: list[str]
+    manifest: Any
+    author: str
+    created_at: int
+    updated_at: int
+
+
 class Schedule(NamedTuple):
     """A message that will be sent: at `due_at`, and if it has a `cron` expression again and again.
 
@@ -469,11 +599,14 @@ def _select(kind: type, table: str) -> str:
 SELECT_MESH, SELECT_MEMBER = _select(Mesh, "mesh"), _select(Member, "member")
 SELECT_INVITE, SELECT_SESSION_KEY = _select(Invite, "invite"), _select(SessionKey, "session_key")
 SELECT_SAVED, SELECT_STATE = _select(Saved, "saved"), _select(StateRow, "state")
-SELECT_MESSAGE, SELECT_VECTOR = _select(MessageRow, "message"), _select(Vector, "vector")
+SELECT_MESSAGE, SELECT_CONTEXT = _select(MessageRow, "message"), _select(Context, "context")
+SELECT_TASK, SELECT_STREAM, SELECT_SKILL = _select(Task, "task"), _select(Stream, "stream"), _select(Skill, "skill")
+SELECT_VECTOR = _select(Vector, "vector")
 SELECT_SCHEDULE, SELECT_WATCH = _select(Schedule, "schedule"), _select(Watch, "watch")
 SELECT_WEBHOOK = _select(Webhook, "webhook")
 
-JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload", "metadata", "headers"}
+JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload", "metadata", "headers", "tags",
+               "files", "findings", "manifest"}
 BOOL_FIELDS = {"proven", "sealed", "visible"}
 
 
@@ -589,7 +722,7 @@ def has_appointments(directory: Path | str) -> bool:
         return bool(db.execute("SELECT EXISTS (SELECT 1 FROM schedule) OR EXISTS (SELECT 1 FROM watch)").fetchone()[0])
 
 
-# --- 5. The audit chain: hash and verification ------------------------------------------------------------------------
+# --- 5. On a connection of one's own: the audit chain, search ---------------------------------------------------------
 
 @lru_cache(maxsize=64)
 def _second(seconds: int) -> str:
@@ -630,6 +763,40 @@ def _first_broken(db: sqlite3.Connection, mesh_id: str) -> int | None:
             return id
         expected = stored
     return None
+
+
+def match_text(query: str) -> str | None:
+    """`query` as an FTS5 expression that asks for every word in it (MEM-2); None when nothing is left to ask for.
+
+    Each word is quoted, so nothing in a query is an operator (MEM-3).
+    """
+    words = [word for word in _WORD.findall(query) if word.lower() not in STOP_WORDS]
+    return " ".join(f'"{word}"' for word in words) or None
+
+
+def search_memory(directory: Path | str, query: str, limit: int) -> list[Memory]:
+    """The memories in which all words of `query` occur, best first (MEM-2); sees what is committed.
+
+    Ranking looks at every match, up to 10 ms: run it in another thread. Raises StoreError.
+    """
+    return _search(directory, Memory, "memory", query, limit)
+
+
+def search_contexts(directory: Path | str, query: str, limit: int) -> list[Context]:
+    """The contexts in which all words of `query` occur, best first (CTX-3); otherwise like `search_memory`."""
+    return _search(directory, Context, "context", query, limit)
+
+
+def _search(directory: Path | str, kind: type, table: str, query: str, limit: int) -> list[Any]:
+    expression = match_text(query)
+    if expression is None:
+        return []
+    columns = ", ".join(f"{table}.{field}" for field in kind._fields)
+    with _refusals(Path(directory) / DATABASE), closing(_read_only(directory)) as db:
+        rows = db.execute(
+            f"SELECT {columns} FROM {table}_text JOIN {table} ON rid = {table}_text.rowid WHERE {table}_text MATCH ? "
+            "ORDER BY rank LIMIT ?", (expression, limit))  # rank is bm25
+        return [_read(kind, row) for row in rows]
 
 
 # --- 6. The store: opening and transactions ---------------------------------------------------------------------------
@@ -1063,7 +1230,143 @@ class Store:
         """All shared values, by key."""
         return [_read(StateRow, row) for row in self._execute(SELECT_STATE + " ORDER BY key")]
 
-    # --- 12. Audit log ------------------------------------------------------------------------------------------------
+    def count(self, table: str) -> int:
+        """How many live rows there are in one of the tables of COUNTED."""
+        return self._one(COUNTED[table])[0]
+
+    # --- 12. Memory and context ---------------------------------------------------------------------------------------
+
+    def remember(self, content: str, tags: Sequence[str], author_id: str | None, author: str, now: int) -> str:
+        """Keep a text for good and return its id; `search_memory` finds it once it is committed (MEM-1)."""
+        id = self._new_id()
+        self._write("INSERT INTO memory(id, content, tags, author_id, author, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+                    (id, content, compact(list(tags)), author_id, author, now))
+        return id
+
+    def forget(self, id: str, now: int) -> bool:
+        """Take a memory out of every search; False when there is no such live one (MEM-4)."""
+        sql = "UPDATE memory SET forgotten_at = ? WHERE id = ? AND forgotten_at IS NULL"
+        return self._write(sql, (now, id)).rowcount > 0
+
+    def share_context(self, member_id: str, session_id: str, author: str, summary: str, *, files: Sequence[str],
+                      findings: Sequence[str], tags: Sequence[str], now: int) -> str:
+        """Replace what a session has said it learned; returns the record's id, which stays (CTX-1)."""
+        earlier = self._one("SELECT id FROM context WHERE member_id = ? AND session_id = ?", member_id, session_id)
+        id = earlier[0] if earlier else self._new_id()
+        self._write("DELETE FROM context WHERE id = ?", (id,))
+        self._write("INSERT INTO context(id, member_id, session_id, author, summary, files, findings, tags, updated_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (id, member_id, session_id, author, summary, compact(list(files)),
+                                                           compact(list(findings)), compact(list(tags)), now))
+        self._write("DELETE FROM context WHERE rid IN "
+                    "(SELECT rid FROM context ORDER BY updated_at DESC LIMIT -1 OFFSET ?)", (CONTEXTS_KEPT,))
+        return id
+
+    def list_contexts(self, limit: int) -> list[Context]:
+        """The newest contexts."""
+        return [_read(Context, row) for row in self._execute(SELECT_CONTEXT + " ORDER BY updated_at DESC LIMIT ?", (limit,))]
+
+    # --- 13. Tasks ----------------------------------------------------------------------------------------------------
+
+    def create_task(self, title: str, assignee: str | None, priority: str, tags: Sequence[str], author: str,
+                    now: int) -> str | None:
+        """Add an open task and return its id; None when TASKS_KEPT are there and none of them is done (TASK-1)."""
+        if sum(self.task_counts().values()) >= TASKS_KEPT:
+            oldest = self._one("SELECT rid FROM task WHERE status = 'done' ORDER BY rid LIMIT 1")
+            if oldest is None:
+                return None
+            self._write("DELETE FROM task WHERE rid = ?", oldest)
+        id = self._new_id()
+        self._write("INSERT INTO task(id, title, assignee, priority, tags, created_by, created_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)", (id, title, assignee, priority, compact(list(tags)), author, now))
+        return id
+
+    def task(self, id: str) -> Task | None:
+        """The task with that id."""
+        return _read(Task, self._one(SELECT_TASK + " WHERE id = ?", id))
+
+    def list_tasks(self, status: str | None, assignee: str | None, limit: int) -> list[Task]:
+        """The newest tasks, of that status and assignee if given (TASK-5)."""
+        given = {name: value for name, value in (("status", status), ("assignee", assignee)) if value is not None}
+        where = " WHERE " + " AND ".join(f"{name} = ?" for name in given) if given else ""
+        rows = self._execute(SELECT_TASK + where + " ORDER BY rid DESC LIMIT ?", (*given.values(), limit))
+        return [_read(Task, row) for row in rows]
+
+    def task_counts(self) -> dict[str, int]:
+        """How many tasks there are of each status."""
+        return {"open": 0, "claimed": 0, "done": 0} | dict(
+            self._execute("SELECT status, count(*) FROM task GROUP BY status").fetchall())
+
+    def claim_task(self, id: str, claimer: str, member_id: str, name: str, now: int) -> bool:
+        """Give an open task to `claimer`, a routing key; False when it is not open (TASK-2)."""
+        return self._write("UPDATE task SET status = 'claimed', claimer = ?, claimer_member = ?, claimed_by = ?, seen_at = ? "
+                           "WHERE id = ? AND status = 'open'", (claimer, member_id, name, now, id)).rowcount > 0
+
+    def complete_task(self, id: str, claimer: str, member_id: str, name: str, result: str | None, now: int) -> None:
+        """Record that `claimer` has done the task; whether it may is the caller's to decide (TASK-4)."""
+        self._write("UPDATE task SET status = 'done', claimer = ?, claimer_member = ?, claimed_by = ?, result = ?, "
+                    "completed_at = ? WHERE id = ?", (claimer, member_id, name, result, now, id))
+
+    def claimers_seen(self, claimers: Iterable[str], now: int) -> None:
+        """These keys were here until `now`: the leases of their claims count from then (TASK-3)."""
+        for claimer in claimers:
+            self._write("UPDATE task SET seen_at = ? WHERE claimer = ? AND status = 'claimed'", (now, claimer))
+
+    def renew_claims(self, now: int) -> None:
+        """Have every lease count from `now`: the broker was away, perhaps the claimers were not (TASK-3)."""
+        self._write("UPDATE task SET seen_at = ? WHERE seen_at < ? AND status = 'claimed'", (now, now))
+
+    def unseen_claims(self, before: int, limit: int = 100) -> list[tuple[str, str]]:
+        """(task id, claimer) of claims whose claimer was last known to be here before `before`, longest ago first."""
+        return self._execute("SELECT id, claimer FROM task WHERE status = 'claimed' AND seen_at < ? "
+                             "ORDER BY seen_at LIMIT ?", (before, limit)).fetchall()
+
+    def reopen_task(self, id: str) -> None:
+        """Take a claimed task back from whoever has it."""
+        self._write("UPDATE task SET status = 'open', claimer = NULL, claimer_member = NULL, claimed_by = NULL "
+                    "WHERE id = ? AND status = 'claimed'", (id,))
+
+    # --- 14. Streams and skills ---------------------------------------------------------------------------------------
+
+    def create_stream(self, name: str, author: str, now: int) -> Stream:
+        """The stream of that name, new or not (STREAM-1)."""
+        found = self.stream(name)
+        if found is None:
+            found = Stream(name, self._new_id(), author, now)
+            self._write("INSERT INTO stream VALUES (?, ?, ?, ?)", found)
+        return found
+
+    def stream(self, name: str) -> Stream | None:
+        """The stream of that name."""
+        return _read(Stream, self._one(SELECT_STREAM + " WHERE name = ?", name))
+
+    def list_streams(self) -> list[Stream]:
+        """All streams, by name."""
+        return [_read(Stream, row) for row in self._execute(SELECT_STREAM + " ORDER BY name")]
+
+    def share_skill(self, skill: Skill, author_id: str | None) -> None:
+        """Publish a skill, or replace the one of its name whole but for the time of its creation (SKILL-1)."""
+        self._write(
+            "INSERT INTO skill VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+            "description = excluded.description, instructions = excluded.instructions, tags = excluded.tags, "
+            "manifest = excluded.manifest, author_id = excluded.author_id, author = excluded.author, "
+            "updated_at = excluded.updated_at",
+            (skill.name, skill.description, skill.instructions, compact(skill.tags), compact(skill.manifest), author_id,
+             skill.author, skill.created_at, skill.updated_at))
+
+    def skill(self, name: str) -> Skill | None:
+        """The skill of that name."""
+        return _read(Skill, self._one(SELECT_SKILL + " WHERE name = ?", name))
+
+    def list_skills(self) -> list[Skill]:
+        """All skills, by name, without their instructions."""
+        columns = SELECT_SKILL.replace("instructions", "'' AS instructions")
+        return [_read(Skill, row) for row in self._execute(columns + " ORDER BY name")]
+
+    def remove_skill(self, name: str) -> bool:
+        """Delete a skill; False when there is none."""
+        return self._write("DELETE FROM skill WHERE name = ?", (name,)).rowcount > 0
+
+    # --- 15. Audit log ------------------------------------------------------------------------------------------------
 
     @property
     def audit_head(self) -> str:
@@ -1098,7 +1401,7 @@ class Store:
                                     (event_type, limit, offset))
         return [_read(AuditRow, row) for row in rows], total
 
-    # --- 13. Retention ------------------------------------------------------------------------------------------------
+    # --- 16. Retention ------------------------------------------------------------------------------------------------
 
     def prune(self, now: int, *, limit: int = 500, keep_settled: int = KEEP_SETTLED_MS) -> int:
         """One bounded pass of retention (STORE-19); returns rows changed or deleted, 0 when there was nothing to do.
@@ -1147,7 +1450,7 @@ class Store:
             self._write("DELETE FROM saved WHERE member_id = ? AND session_id = ?", state)
         return len(keys) + len(states)
 
-    # --- 14. Vectors --------------------------------------------------------------------------------------------------
+    # --- 17. Vectors --------------------------------------------------------------------------------------------------
 
     def collections(self) -> list[str]:
         """The names of the collections that hold a text, in order (VEC-8)."""
@@ -1200,7 +1503,7 @@ class Store:
         for vector, embedding in rows:
             self._write("UPDATE vector SET embedder = ?, embedding = ? WHERE seq = ?", (embedder, embedding, vector))
 
-    # --- 15. Schedules ------------------------------------------------------------------------------------------------
+    # --- 18. Schedules ------------------------------------------------------------------------------------------------
 
     def add_schedule(self, entry: Schedule) -> None:
         """Keep a message that is to be sent later."""
@@ -1235,7 +1538,7 @@ class Store:
         """Drop a member's entry; False when it has no such entry."""
         return self._write("DELETE FROM schedule WHERE id = ? AND member_id = ?", (id, member_id)).rowcount > 0
 
-    # --- 16. Watches and webhooks -------------------------------------------------------------------------------------
+    # --- 19. Watches and webhooks -------------------------------------------------------------------------------------
 
     def add_watch(self, watch: Watch) -> None:
         """Keep a watch."""
@@ -1274,7 +1577,7 @@ class Store:
             self._write(f"DELETE FROM {table} WHERE member_id = ?", (member_id,))
 
 
-# --- 17. Comparing texts ----------------------------------------------------------------------------------------------
+# --- 20. Comparing texts ----------------------------------------------------------------------------------------------
 # A text is a vector over its terms: words, pairs of neighbouring words, and the pieces of three characters that words are
 # made of, which stems and most of a misspelt word have in common (VEC-3). Each collection has an inverted index of them.
 
@@ -1386,7 +1689,7 @@ def nearest(directory: Path | str, collection: str, embedder: str, query: bytes,
         return _found(db, nlargest(limit, scores, key=lambda row: row[1]))
 
 
-# --- 18. The members' own database ------------------------------------------------------------------------------------
+# --- 21. The members' own database ------------------------------------------------------------------------------------
 # `sql.db` is the members' to fill and to ask. Each request has a connection of its own, so it leaves nothing behind but
 # what it committed, and runs in a thread. SQLite guards it: an authorizer says what a statement may do at all, a progress
 # handler looks at the clock, limits bound values, and max_page_count bounds the file. Two things SQLite does not bound

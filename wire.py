@@ -50,7 +50,7 @@ MAX_MESSAGE_BYTES = 2 * 1024 * 1024  #: one WebSocket message or JSON body; a 1 
 HELLO_SKEW_MS = 60_000  #: largest difference between a signed time and the checker's clock, inclusive
 MAX_DEPTH = 64  #: nesting of one frame; readers differ in what they can follow
 PRIORITIES = ("now", "next", "low")
-CAPABILITIES = ("client_ack", "session_proof", "sealed_multicast", "quiet", "inbox", "target")
+CAPABILITIES = ("client_ack", "session_proof", "sealed_multicast", "quiet", "inbox", "target", "events")
 
 
 class UsageError(Exception):
@@ -1232,7 +1232,7 @@ leave_group(name: string)
 list_peers() -> peers_list
 mesh_info() -> mesh_info_result
 # State
-set_state(key: string, value: any)
+set_state(key: string, value: any, ifVersion?: number)
 get_state(key: string) -> state_result
 list_state() -> state_list
 # Audit
@@ -1249,7 +1249,7 @@ list_contexts() -> context_list
 create_task(title: string, assignee?: string, priority?: string, tags?: [string]) -> task_created
 claim_task(taskId: string) -> task_list
 complete_task(taskId: string, result?: string) -> task_list
-list_tasks(status?: open|claimed|done, assignee?: string) -> task_list
+list_tasks(status?: open|claimed|done|completed, assignee?: string) -> task_list
 # Streams
 create_stream(name: string) -> stream_created
 publish(stream: string, data: any)
@@ -1331,9 +1331,11 @@ hello_ack(presenceId: string, memberDisplayName: string, memberProfile: {roleTag
     restoredGroups?: [Group], restoredStats?: {messagesIn: number, messagesOut: number, toolCalls: number,
     errors: number}, capabilities?: [string], services?: [{name: string, description: string, status: string,
     tools: [Tool], deployed_by: string}])
-error(code: string, message: string, id?: string, missing?: [{pubkey: string, sealable: boolean}])
+error(code: string, message: string, id?: string, missing?: [{pubkey: string, sealable: boolean}], value?: any,
+    version?: number, claimedBy?: string|null)
 # Delivery
-ack(id: string, messageId: string, queued: boolean, recipients?: {online: number, held: number})
+ack(id: string, messageId: string, queued: boolean, recipients?: {online: number, held: number}, version?:
+    number)
 push(messageId: string, meshId: string, senderPubkey: string, priority: now|next|low, nonce: string, ciphertext:
     string, createdAt: string, subtype?: reminder|system|webhook, event?: string, eventData?: any, seq?: number,
     target?: string, senderName?: string, senderMemberPubkey?: string, sealedKey?: string)
@@ -1349,9 +1351,10 @@ mesh_info_result(mesh: string, peers: number, groups: [string], stateKeys: [stri
     fileCount: number, tasks: {open: number, claimed: number, done: number}, streams: [string], tables:
     [string], collections: [string], yourName: string, yourGroups: [Group])
 # State
-state_change(key: string, value: any, updatedBy: string)
-state_result(key: string, value: any, updatedAt: string, updatedBy: string)
-state_list(entries: [{key: string, value: any, updatedBy: string, updatedAt: string}])
+state_change(key: string, value: any, updatedBy: string, version?: number)
+state_result(key: string, value: any, updatedAt: string, updatedBy: string, version?: number)
+state_list(entries: [{key: string, value: any, updatedBy: string, updatedAt: string, version?: number}],
+    truncated?: boolean)
 # Audit
 audit_result(entries: [{id: number, eventType: string, actor: string, payload: object, hash: string, createdAt:
     string}], total: number)
@@ -1359,26 +1362,29 @@ audit_verify_result(valid: boolean, entries: number, brokenAt?: number, head?: s
 # Memory and context
 memory_stored(id: string)
 memory_results(memories: [{id: string, content: string, tags: [string], rememberedBy: string, rememberedAt:
-    string}])
+    string}], truncated?: boolean)
 context_shared(id: string)
 context_results(contexts: [{peerName: string, summary: string, filesRead: [string], keyFindings: [string], tags:
-    [string], updatedAt: string}])
-context_list(contexts: [{peerName: string, summary: string, tags: [string], updatedAt: string}])
+    [string], updatedAt: string}], truncated?: boolean)
+context_list(contexts: [{peerName: string, summary: string, tags: [string], updatedAt: string}], truncated?:
+    boolean)
 # Tasks
 task_created(id: string)
 task_list(tasks: [{id: string, title: string, assignee: string|null, claimedBy: string|null, status:
-    open|claimed|done, priority: string, createdBy: string|null, tags: [string], createdAt: string}])
+    open|claimed|done, priority: string, createdBy: string|null, tags: [string], createdAt: string, result?:
+    string|null, completedAt?: string|null}], truncated?: boolean)
 # Streams
 stream_created(id: string, name: string)
 stream_data(stream: string, data: any, publishedBy: string)
 subscribed(stream: string)
 stream_list(streams: [{id: string, name: string, createdBy: string, createdAt: string, subscriberCount:
-    number}])
+    number}], truncated?: boolean)
 # Skills
 skill_ack(name: string, action: shared|removed|not_found)
 skill_data(skill: {name: string, description: string, instructions: string, tags: [string], author: string,
     manifest: any, createdAt: string}|null)
-skill_list(skills: [{name: string, description: string, tags: [string], author: string, createdAt: string}])
+skill_list(skills: [{name: string, description: string, tags: [string], author: string, createdAt: string}],
+    truncated?: boolean)
 skill_deploy_ack(name: string, files: [string])
 # Search, SQL and graph
 vector_stored(id: string)
@@ -1455,8 +1461,10 @@ ERRORS = {
     "not_found": "no such object in this mesh",
     "forbidden": "the caller may not do that",
     "peer_not_found": "the addressed peer is not connected",
-    "task_not_claimable": "the task is not open or unknown",
+    "state_conflict": "the key is at another version; `value` and `version` are what it holds now",
+    "task_not_claimable": "the task is not open or unknown; `claimedBy` names who has it",
     "task_not_found": "the task is unknown",
+    "task_conflict": "somebody else has claimed or done the task; `claimedBy` names who",
     "vector_error": "the vector store refused",
     "graph_error": "the graph engine refused",
     "query_error": "the query was refused or failed",

@@ -391,9 +391,9 @@ async def test_an_answer_that_no_client_could_read_is_refused_and_the_state_is_b
         assert (await ana.request("set_state", key=f"k{n}", value="x" * 250_000))["type"] == "ack"
     assert (await ana.request("set_state", key="one more", value="x" * 250_000))["code"] == "limit"
     assert (await ana.request("set_state", key="k0", value="y" * 250_000))["type"] == "ack"  # takes the old one's place
-    assert (await ana.request("list_state"))["code"] == "too_large"
-    monkeypatch.setattr(hub, "REPLY_CHARACTERS", 2_000_000)
-    assert len((await ana.request("list_state"))["entries"]) == 5
+    assert (await ana.request("list_state"))["truncated"] is True
+    monkeypatch.setattr(hub, "REPLY_CHARACTERS", 200_000)
+    assert (await ana.request("get_state", key="k0"))["code"] == "too_large"
 
 
 @spec("DELIV-8")
@@ -584,7 +584,16 @@ def test_the_numbers_are_those_of_the_specification(tmp_path):
         "set_summary": {"summary": 2048}, "set_profile": {"avatar": 2048, "title": 256, "bio": 2048},
         "join_group": {"name": 64, "role": 64}, "set_state": {"key": 256}, "get_state": {"key": 256},
         "vector_store": {"collection": 128, "text": 8192}, "vector_search": {"collection": 128, "query": 1024},
-        "vector_delete": {"collection": 128, "id": 64}, "mesh_query": {"sql": 262_144}, "mesh_execute": {"sql": 262_144}}.items()
+        "vector_delete": {"collection": 128, "id": 64}, "mesh_query": {"sql": 262_144}, "mesh_execute": {"sql": 262_144},
+        "remember": {"content": 16_384, "tags": (32, 64)}, "recall": {"query": 512}, "get_context": {"query": 512},
+        "share_context": {"summary": 4096, "filesRead": (128, 512), "keyFindings": (64, 1024), "tags": (32, 64)},
+        "create_task": {"title": 1024, "assignee": 128, "priority": 32, "tags": (32, 64)},
+        "complete_task": {"result": 16_384}, "create_stream": {"name": 128}, "list_skills": {"query": 256},
+        "share_skill": {"description": 2048, "instructions": 262_144, "tags": (32, 64)}}.items()
+    assert (hub.STREAM_DATA_BYTES, hub.MANIFEST_BYTES, hub.MAX_SUBSCRIPTIONS, hub.FOUND, hub.LISTED) == (
+        262_144, 16_384, 256, 20, 100)
+    assert (hub.MOST, hub.PAGE_BYTES) == ({"memory": 10_000, "stream": 1000, "skill": 1000}, 1_000_000)
+    assert (settings.task_lease, storage.TASKS_KEPT, storage.CONTEXTS_KEPT) == (900, 10_000, 1000)
 
 
 @spec("HTTP-28")
