@@ -1493,7 +1493,8 @@ def on_set_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 def _check_version(key: str, row: storage.StateRow | None, expected: float) -> None:
     version, value = (row.version, row.value) if row else (0, None)
     if version != expected:  # STATE-5
-        raise Refused("state_conflict", f"{key!r} is at version {version}: {encode(value)[:200]}", value=value, version=version)
+        raise Refused("state_conflict", f"{key!r} is at version {version}: {encode(value)[:200]}", value=value,
+                      version=version)
 
 
 def tell_others(link: Link, type: str, **fields: Any) -> None:
@@ -1578,11 +1579,12 @@ def on_remember(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 def on_recall(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """recall: the memories with all words of the query, best first (SPEC MEM-2)."""
     search(hub, link, frame, storage.search_memory, "memory_results", "memories", lambda row: {
-        "id": row.id, "content": row.content, "tags": row.tags, "rememberedBy": row.author, "rememberedAt": iso(row.created_at)})
+        "id": row.id, "content": row.content, "tags": row.tags, "rememberedBy": row.author,
+        "rememberedAt": iso(row.created_at)})
 
 
-def search(hub: Broker, link: Link, frame: dict[str, Any], find: Callable[[Path, str, int], list[Any]], type: str, name: str,
-           entry: Callable[[Any], dict[str, Any]]) -> None:
+def search(hub: Broker, link: Link, frame: dict[str, Any], find: Callable[[Path, str, int], list[Any]], type: str,
+           name: str, entry: Callable[[Any], dict[str, Any]]) -> None:
     """Answers `frame` with what `find` finds for its query, from a thread: ranking looks at every match."""
     directory = hub.directory(link.mesh.slug)
 
@@ -1650,7 +1652,8 @@ def on_claim_task(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 
 def _taken(code: str, task: storage.Task) -> Refused:
     """Who has a task, for whoever comes too late; the key tells one session of a member from another."""
-    return Refused(code, f"the task is {task.status} by {task.claimed_by} (key {task.claimer[:16]})", claimedBy=task.claimed_by)
+    who = f"{task.claimed_by} (key {task.claimer[:16]})"
+    return Refused(code, f"the task is {task.status} by {who}", claimedBy=task.claimed_by)
 
 
 def on_complete_task(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
@@ -1679,10 +1682,13 @@ def on_list_tasks(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 
 def _reply_tasks(link: Link, frame: dict[str, Any], status: str | None = None, assignee: str | None = None) -> None:
     rows = link.mesh.store.list_tasks(status, assignee, LISTED + 1)
-    link.reply(frame, "task_list", **page("tasks", [
-        {"id": row.id, "title": row.title, "assignee": row.assignee, "claimedBy": row.claimed_by, "status": row.status,
-         "priority": row.priority, "createdBy": row.created_by, "tags": row.tags, "createdAt": iso(row.created_at),
-         "result": row.result, "completedAt": iso(row.completed_at) if row.completed_at else None} for row in rows], LISTED))
+    link.reply(frame, "task_list", **page("tasks", [_task_entry(row) for row in rows], LISTED))
+
+
+def _task_entry(row: storage.Task) -> dict[str, Any]:
+    return {"id": row.id, "title": row.title, "assignee": row.assignee, "claimedBy": row.claimed_by, "status": row.status,
+            "priority": row.priority, "createdBy": row.created_by, "tags": row.tags, "createdAt": iso(row.created_at),
+            "result": row.result, "completedAt": iso(row.completed_at) if row.completed_at else None}
 
 
 # --- 12. Handlers: streams, skills ----------------------------------------------------------------

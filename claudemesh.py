@@ -20,8 +20,8 @@ What costs time is imported late: at the top stand only modules that load within
 annotations are strings here and named tuples stand where dataclasses would.
 
 Sections: 1 errors, lazy loading, private files, 2 configuration, 3 signed HTTP, invites, enrolment,
-4 MeshClient, 5 tool table, 6 the session and its tools, 7 notifications, 8 the stdio server,
-9 commands, 10 the demo, 11 main.
+4 MeshClient, 5 tool table, 6 the session and its tools, 7 notifications, 8 skills as prompts and
+resources, 9 the stdio server, 10 commands, 11 the demo, 12 main.
 """
 
 from __future__ import annotations
@@ -664,7 +664,8 @@ class MeshClient:
     of this session, `member_key` that of its member, `hello_ack` the broker's last welcome, `known`
     the peers as last listed, `stats` the counters reported to the mesh, `handlers` functions by frame
     type for what the broker asks of this client (`mcp_call_forward`, `peer_file_request_forward`,
-    `peer_dir_request_forward`): called with the frame, they answer by `post`.
+    `peer_dir_request_forward`): called with the frame, they answer by `post`; and for `hello_ack`, called
+    each time the client is connected.
 
     One task connects and reads; one timer keeps alive. Not thread-safe: use it on its event loop.
     """
@@ -947,6 +948,8 @@ class MeshClient:
         self._open.set()
         self._report_start(None)
         self._ack_soon()
+        if "hello_ack" in self.handlers:
+            self._loop.call_soon(self.handlers["hello_ack"], frame)
 
     def _call_of(self, frame: Json) -> _Call | None:
         """The call that `frame` answers, known by its random id and nothing else; it is over (SPEC CLIENT-7)."""
@@ -1363,7 +1366,7 @@ def _hello_fields(name: str | None, session_id: str | None, groups: Iterable[Map
     fields: Json = {
         "sessionId": session_id or f"{os.getpid()}-{now}", "pid": os.getpid(), "cwd": cwd,
         "hostname": socket.gethostname(), "peerType": "connector", "channel": "sdk",
-        "capabilities": ["client_ack", "session_proof", "sealed_multicast", "target",
+        "capabilities": ["client_ack", "session_proof", "sealed_multicast", "target", "events",
                          *(["quiet"] if quiet else []), *(["inbox"] if inbox else [])],  # CLIENT-21
     }
     joined = [{"name": group} if isinstance(group, str) else dict(group) for group in groups]
@@ -1418,7 +1421,8 @@ def _fail(future: asyncio.Future[Any], error: MeshError) -> None:
 # One row a tool. `params` maps each argument to its JSON schema, `!` marks what must be given.
 # `scope` says which meshes a call without `mesh` means when several are joined (MCP-21): READ asks
 # all of them, WRITE wants one named, PRESENCE goes to all. A row with `request` needs no code: its
-# arguments, renamed by `rename`, are that wire request, and `shape` turns the reply into text.
+# arguments, renamed by `rename` (`a.b` is field b of object a), are that wire request, and `shape` turns
+# the reply into text, or raises `MeshError` where the reply means that nothing was done.
 # `eager` tools are loaded by Claude Code from the start, the others by its tool search (MCP-20).
 
 if TYPE_CHECKING:
@@ -1427,8 +1431,8 @@ if TYPE_CHECKING:
     Answer = tuple["Link", bool, Any]  # of one mesh: whether it answered, and what, or why not
 
 READ, WRITE, PRESENCE = "read", "write", "presence"
-Tool = collections.namedtuple("Tool", "name about params scope request shape rename handler eager",
-                              defaults=(None, None, {}, "forward", False))
+Tool = collections.namedtuple("Tool", "name about params scope request shape rename handler eager destroys",
+                              defaults=(None, None, {}, "forward", False, False))
 
 
 def _text(about: str, *choices: str) -> Json:
@@ -1447,7 +1451,24 @@ def _texts(about: str, *choices: str) -> Json:
 def _state_line(args: Json, reply: Json) -> str:
     if not reply.get("updatedAt"):  # MCP-33: the broker says null for both; only the time tells
         return f"{_json(args['key'])} is not set."
-    return "{key!r} = {value!r} (set by {updatedBy}, {updatedAt})".format_map(Field(reply))
+    return "{key!r} = {value!r} (set by {updatedBy}, {updatedAt}, version {version})".format_map(Field(reply))
+
+
+def _skill_removed(args: Json, reply: Json) -> str:
+    if reply["action"] != "removed":
+        raise MeshError("not_found", f"There is no skill {_json(args['name'])}.")
+    return f"Removed the skill {_json(args['name'])}."
+
+
+def _skill_shown(args: Json, reply: Json) -> str:
+    """get_skill: what the skill is, then its instructions as they are (MCP-38)."""
+    skill = reply["skill"]
+    if skill is None:
+        raise MeshError("not_found", f"There is no skill {_json(args['name'])}.")
+    head = {"description": skill["description"], "author": skill["author"], "tags": skill["tags"],
+            "created": skill["createdAt"], "command": f"/claudemesh:{skill['name']}"} | manifest_fields(skill)
+    return "\n".join([f"# {one_line(skill['name'])}", *(f"{name}: {words(value)}" for name, value in head.items()), "",
+                      skill["instructions"]])
 
 
 def _hits(args: Json, reply: Json) -> str:
@@ -1563,12 +1584,78 @@ TOOLS = (
          {"key!": _text("The key."), "value!": {"description": "Any JSON value."},
           "if_version": {"type": "integer", "minimum": 0, "maximum": 2**53, "description":
                          "Write only if the key is at this version (get_state tells; 0: not set yet)."}},
-         WRITE, "set_state", "{key!r} = {value!r}", {"if_version": "ifVersion"}),
+         WRITE, "set_state", "{key!r} = {value!r} (version {version})", {"if_version": "ifVersion"}),
     Tool("get_state", "Read one shared key of the mesh.", {"key!": _text("The key.")},
          READ, "get_state", _state_line),
     Tool("list_state", "Read all shared keys of the mesh.", {},
-         READ, "list_state", ("entries", "- {key!r} = {value!r} (set by {updatedBy}, {updatedAt})",
+         READ, "list_state", ("entries", "- {key!r} = {value!r} (set by {updatedBy}, {updatedAt}, version {version})",
                               "No shared key is set.")),
+    Tool("remember", "Keep a piece of knowledge for the whole mesh, for good.",
+         {"content!": _text("The text."), "tags": _texts("Words it can be found by.")},
+         WRITE, "remember", "Remembered as {id}."),
+    Tool("recall", "Search what the mesh remembers. All words must occur, in any form; the best matches come first.",
+         {"query!": _text("Words; nothing in it is an operator.")},
+         READ, "recall", ("memories", "- [{id}] {content:all}\n  (tags: {tags}; by {rememberedBy}, {rememberedAt})",
+                          "Nothing remembered has all these words.")),
+    Tool("forget", "Take one memory out of every search.", {"id!": _text("The whole id, as recall shows it.")},
+         WRITE, "forget", "Forgotten: {id}.", {"id": "memoryId"}, destroys=True),
+    Tool("share_context", "Tell the mesh what this session has learned. Replaces what it shared before.",
+         {"summary!": _text("What you know now, in some sentences."), "files_read": _texts("Paths you have read."),
+          "key_findings": _texts("What others should not have to find out again."), "tags": _texts("Subjects.")},
+         WRITE, "share_context", "Shared as {id}.", {"files_read": "filesRead", "key_findings": "keyFindings"}),
+    Tool("get_context", "Search what other sessions have learned: summaries, findings, files, tags.",
+         {"query!": _text("Words; all must occur.")}, READ, "get_context",
+         ("contexts", "- {peerName} ({updatedAt}): {summary:all}\n  files: {filesRead}\n  findings: {keyFindings:all}\n"
+          "  tags: {tags}", "No context has all these words.")),
+    Tool("list_contexts", "What each session has learned, newest first.", {}, READ, "list_contexts",
+         ("contexts", "- {peerName} ({updatedAt}): {summary:all}\n  tags: {tags}", "Nobody has shared a context.")),
+    Tool("create_task", "Add a task that any peer can claim.",
+         {"title!": _text("What is to be done."), "assignee": _text("Who should do it; binds nobody."),
+          "priority": _text("Default normal.", "low", "normal", "high", "urgent"), "tags": _texts("Subjects.")},
+         WRITE, "create_task", "Created task {id}: {title}"),
+    Tool("claim_task", "Take an open task. Of several who try one gets it, the others are told who. Whoever stays away "
+         "too long loses it again.", {"id!": _text("The whole task id.")},
+         WRITE, "claim_task", "Task {id} is yours.", {"id": "taskId"}),
+    Tool("complete_task", "Mark a task done, unless somebody else has claimed it.",
+         {"id!": _text("The whole task id."), "result": _text("What came of it.")},
+         WRITE, "complete_task", "Task {id} is done.", {"id": "taskId"}),
+    Tool("list_tasks", "The newest tasks of the mesh.",
+         {"status": _text("Only these; completed is the same as done.", "open", "claimed", "done", "completed"),
+          "assignee": _text("Only those meant for this name, written exactly so.")},
+         READ, "list_tasks",
+         ("tasks", "- [{id}] {title:all}\n  ({status}; priority {priority}; for {assignee}; claimed by {claimedBy}; by "
+          "{createdBy}, {createdAt}; tags: {tags}; result: {result:all})", "There is no such task.")),
+    Tool("create_stream", "Create a live stream that peers publish values into.", {"name!": _text("Its name.")},
+         WRITE, "create_stream", "Stream {name!r} is there (id {id})."),
+    Tool("publish", "Send one value to everyone who is subscribed to a stream right now; nothing is kept.",
+         {"stream!": _text("Name of the stream."), "data!": {"description": "Any JSON value."}},
+         WRITE, "publish", "Published to {stream!r}."),
+    Tool("subscribe", "Receive what is published into a stream, as channel messages and in check_messages.",
+         {"stream!": _text("Name of the stream.")}, WRITE, "subscribe", "Subscribed to {stream!r}."),
+    Tool("unsubscribe", "Receive no more of a stream.", {"stream!": _text("Name of the stream.")},
+         WRITE, "unsubscribe", "No longer subscribed to {stream!r}."),
+    Tool("list_streams", "The streams of the mesh and how many listen to each.", {}, READ, "list_streams",
+         ("streams", "- {name!r}: {subscriberCount} subscribed (id {id}, by {createdBy}, {createdAt})",
+          "There is no stream.")),
+    Tool("share_skill", "Publish a reusable instruction text, or replace the one of that name. Every session of the mesh "
+         "gets it as the command /claudemesh:<name> and as the resource skill://claudemesh/<name>.",
+         {"name!": _text("Letters, digits, _ . and -, at most 64."), "description!": _text("What it does, in a sentence."),
+          "instructions!": _text("The text, in Markdown."), "tags": _texts("Subjects."),
+          "when_to_use": _text("When a model should reach for it."), "allowed_tools": _texts("Tools it may use."),
+          "model": _text("Model to run it with."), "context": _text("fork: in a sub-agent.", "inline", "fork"),
+          "agent": _text("Kind of sub-agent."),
+          "user_invocable": {"type": "boolean", "description": "false: for models only."},
+          "argument_hint": _text("What to write after the command.")},
+         WRITE, "share_skill", "Shared the skill {name!r}; its command is /claudemesh:{name}.",
+         {name: f"manifest.{name}" for name in ("when_to_use", "allowed_tools", "model", "context", "agent",
+                                                "user_invocable", "argument_hint")}),
+    Tool("get_skill", "Load a skill.", {"name!": _text("Its name.")}, READ, "get_skill", _skill_shown),
+    Tool("list_skills", "The skills of the mesh.",
+         {"query": _text("Only those whose name, description or a tag contains this.")},
+         READ, "list_skills", ("skills", "- {name}: {description} (tags: {tags}; by {author}, {createdAt})",
+                               "There is no such skill.")),
+    Tool("remove_skill", "Delete a skill for everyone.", {"name!": _text("Its name.")},
+         WRITE, "remove_skill", _skill_removed, destroys=True),
     Tool("mesh_info", "An overview of the mesh in one call: peers, groups, keys, tasks, files, streams, tables.", {},
          READ, "mesh_info",
          "mesh: {mesh}\npeers: {peers}\ngroups: {groups}\nstate keys: {stateKeys}\nmemories: {memoryCount}\n"
@@ -1650,7 +1737,7 @@ TOOL = {tool.name: tool for tool in TOOLS}
 def tool_listing() -> list[Json]:
     """What `tools/list` answers, made of the table alone (MCP-20)."""
     return [{"name": tool.name, "description": tool.about, "inputSchema": _schema(tool),
-             "annotations": {"readOnlyHint": tool.scope == READ, "destructiveHint": False},
+             "annotations": {"readOnlyHint": tool.scope == READ, "destructiveHint": tool.destroys},
              **({"_meta": {"anthropic/alwaysLoad": True}} if tool.eager else {})} for tool in TOOLS]
 
 
@@ -1698,8 +1785,8 @@ def _json(value: object) -> str:
 
 
 class Field:
-    """A reply, or a part of it, as `str.format_map` sees it: `{x}` in words on one line, `{x!r}` as JSON;
-    absent is "none"."""
+    """A reply, or a part of it, as `str.format_map` sees it: `{x}` in words on one line, cut when very long;
+    `{x:all}` whole, its further lines indented; `{x!r}` as JSON; absent is "none"."""
     __slots__ = ("value",)
 
     def __init__(self, value: object) -> None:
@@ -1711,21 +1798,27 @@ class Field:
     def __repr__(self) -> str:
         return _json(self.value)
 
+    def __format__(self, spec: str) -> str:
+        return words(self.value, whole=True).replace("\n", "\n  ") if spec == "all" else str(self)
+
     def __getitem__(self, key: str) -> Field:
         return Field(self.value.get(key) if isinstance(self.value, dict) else None)
 
 
-def words(value: object) -> str:
-    """`value` for a reader, on one line: lists with commas, groups as `@name:role`, the rest as JSON."""
+def words(value: object, *, whole: bool = False) -> str:
+    """`value` for a reader: lists with commas, groups as `@name:role`, the rest as JSON; texts on one line, unless
+    they are wanted `whole`."""
     if value is None or value == "" or value == []:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(words, value))
+        return ", ".join(words(item, whole=whole) for item in value)
     if isinstance(value, dict) and "name" in value and value.keys() <= {"name", "role"}:
         return "@" + label(value["name"]) + (f":{label(value['role'])}" if value.get("role") else "")
-    return one_line(value) if isinstance(value, str) else _json(value)
+    if isinstance(value, str):
+        return value if whole else one_line(value)
+    return _json(value)
 
 
 def render(shape: str | tuple[str, str, str] | Callable[[Json, Json], str], args: Json, reply: Json) -> str:
@@ -1737,8 +1830,10 @@ def render(shape: str | tuple[str, str, str] | Callable[[Json, Json], str], args
         return shape.format_map(Field(args | reply))
     field, line, empty = shape
     items = reply.get(field) or []
-    return "\n".join(line.format_map(Field(item if isinstance(item, dict) else {"item": item}))
-                     for item in items) or empty
+    lines = [line.format_map(Field(item if isinstance(item, dict) else {"item": item})) for item in items]
+    if reply.get("truncated"):  # MCP-37
+        lines.append(f"({len(items)} are shown; there are more)")
+    return "\n".join(lines) or empty
 
 
 # --- 6. The session and its tools ------------------------------------------------------------------
@@ -1799,11 +1894,11 @@ Answer peers: send_message with to = from_id or the name. `to` also takes a key'
 
 check_messages lists everything not shown yet; call it at natural pauses if no channel messages appear.
 
-Other tools (search for them by name): list_peers (who is here), set_summary (do this when work starts), set_status \
-(idle, working, dnd), set_visible, set_profile, join_group, leave_group, set_state, get_state, list_state (shared \
-keys), vector_store, vector_search (texts by similarity), mesh_query, mesh_execute (a shared SQL database), mesh_info, \
-mesh_stats, ping_mesh (when something seems stuck), schedule_reminder (later, or by cron), mesh_watch (a URL), \
-create_webhook.
+Other tools (search for them by name): list_peers (who is here), set_summary (do this when work starts), set_status, \
+join_group, set_state, get_state, remember, recall (lasting knowledge), share_context, get_context, create_task, \
+claim_task, list_tasks, publish, subscribe (streams), share_skill, list_skills, vector_search (by similarity), \
+mesh_query, mesh_execute (SQL), schedule_reminder (later, or by cron), mesh_watch (a URL), create_webhook, mesh_info, \
+ping_mesh (when something seems stuck).
 
 Message mode is {mode}: {meaning}."""
 
@@ -1908,6 +2003,7 @@ class Session:
         self.trouble: str | None = None
         self.unread = Unread()
         self.partings: set[asyncio.Task[Any]] = set()
+        self.skill_homes: dict[str, str] = {}  # name of a skill: id of the mesh it was first listed for
         self.initialized = False
         self.backlog: collections.deque[tuple[str, dict[str, str], Entry | None]] = collections.deque(maxlen=MAX_MAIL)
 
@@ -1927,6 +2023,7 @@ class Session:
                 parting = asyncio.ensure_future(self._unlink(link))
                 self.partings.add(parting)  # or the loop may forget it half done
                 parting.add_done_callback(self.partings.discard)
+                self.skills_changed()
         for mesh_id, entry in wanted.items():
             if mesh_id not in self.links:
                 self._connect(entry)
@@ -1939,6 +2036,7 @@ class Session:
             log(self.trouble)
             return
         self.links[link.mesh_id] = link
+        link.client.handlers["hello_ack"] = lambda frame: self.skills_changed()  # MCP-63: what was missed meanwhile
         link.tasks = [asyncio.ensure_future(self._listen(link)), asyncio.ensure_future(self._welcome(link))]
 
     async def _unlink(self, link: Link) -> None:
@@ -2015,7 +2113,11 @@ class Session:
 
     async def forward(self, tool: Tool, args: Json) -> Outcome:
         """The tools that are one wire request: send it, wait for the answer, show it by the row's shape."""
-        fields = {tool.rename.get(name, name): value for name, value in args.items() if name != "mesh"}
+        fields: Json = {}
+        for name, value in args.items():
+            if name != "mesh":
+                outer, dot, inner = tool.rename.get(name, name).partition(".")
+                fields[outer] = {**fields.get(outer, {}), inner: value} if dot else value
 
         async def ask(client: MeshClient) -> str:
             return render(tool.shape, args, await client.request(tool.request, **fields))
@@ -2122,7 +2224,8 @@ class Session:
         async def ask(client: MeshClient) -> str:
             peers = [p for p in await client.peers() if not group or in_group(p, group)]
             nobody = f"Nobody is in @{group}." if group else "Nobody is connected."
-            return "\n".join(peer_line(peer, client.key) for peer in peers) or nobody
+            here = socket.gethostname()
+            return "\n".join(peer_line(peer, client.key, here) for peer in peers) or nobody
         return await self.report(tool, args, ask)
 
     async def mesh_stats(self, tool: Tool, args: Json) -> Outcome:
@@ -2171,6 +2274,49 @@ class Session:
         mode = f"message mode: {self.identity.mode} ({MODES[self.identity.mode]})"
         return any(ok for _, ok, _ in answers), "\n\n".join([*texts, f"{mode}\nunread: {self.unread.count()}"])
 
+    # Skills as prompts and resources (their texts are in section 8)
+
+    async def skills(self) -> dict[str, tuple[Link, Json]]:
+        """The skills of every mesh that is connected now, by the name they are listed under (MCP-60).
+
+        A name belongs to the mesh it was first listed for, as long as the session lasts: no other mesh can put
+        something else under it. There it is `<mesh>:<name>`.
+        """
+        self.refresh()
+        links = [link for link in self.links.values() if link.client.state == "open"]
+        listed: dict[str, tuple[Link, Json]] = {}
+        for link, ok, reply in await self.ask_each(links, lambda client: client.request("list_skills")):
+            for skill in reply["skills"] if ok else ():
+                home = self.skill_homes.setdefault(skill["name"], link.mesh_id)
+                listed[skill["name"] if home == link.mesh_id else f"{link.slug}:{skill['name']}"] = link, skill
+        return listed
+
+    async def skill(self, name: str) -> Json:
+        """The whole skill that is listed under `name`. Raises `MeshError`."""
+        link, entry = (await self.skills()).get(name, (None, {}))
+        skill = (await link.client.request("get_skill", name=entry["name"]))["skill"] if link else None
+        if skill is None:
+            raise MeshError("not_found", f"There is no skill {_json(name)} on any mesh that is connected")
+        return skill
+
+    async def prompts(self) -> Json:
+        return {"prompts": [prompt_entry(name, skill) for name, (_, skill) in (await self.skills()).items()]}
+
+    async def prompt(self, name: str) -> Json:
+        return prompt_of(await self.skill(name))
+
+    async def resources(self) -> Json:
+        return {"resources": [resource_entry(name, skill) for name, (_, skill) in (await self.skills()).items()]}
+
+    async def resource(self, uri: str) -> Json:
+        return resource_of(uri, await self.skill(skill_name(uri)))
+
+    def skills_changed(self) -> None:
+        """Has the host list prompts and resources again (MCP-63)."""
+        if self.initialized:  # else it has not listed any yet
+            for kind in ("prompts", "resources"):
+                self.notify(f"notifications/{kind}/list_changed", {})
+
     # Notifications (their texts are in section 7)
 
     def start(self) -> None:
@@ -2200,6 +2346,9 @@ class Session:
 
     def arrived(self, link: Link, push: Push) -> None:
         """Keeps one push for check_messages and announces it as the message mode says (MCP-44)."""
+        if push.kind == "system" and push.event == "skills_changed":
+            self.skills_changed()  # for the host, not for the model
+            return
         entry: Entry | None = self.unread.add(link, push)
         if self.identity.mode == "off":
             return
@@ -2259,17 +2408,18 @@ def in_group(peer: Json, group: str) -> bool:
     return any(g["name"] == group or g["name"].startswith(group + "/") for g in peer.get("groups", ()))
 
 
-def peer_line(peer: Json, own_key: str) -> str:
-    """One bullet of list_peers (MCP-34)."""
+def peer_line(peer: Json, own_key: str, here: str) -> str:
+    """One bullet of list_peers (MCP-34); `here` is the name of this host."""
     profile, summary = peer.get("profile") or {}, peer.get("summary")
     name = f"**{label(peer['displayName'])}**" + (f" ({label(profile['title'])})" if profile.get("title") else "")
     tags = [peer["status"], peer["pubkey"] == own_key and "you", peer.get("visible") is False and "hidden",
             peer.get("reconnecting") and "reconnecting", *map(words, peer.get("groups", ()))]
     kind = "/".join(label(peer[key]) for key in ("peerType", "channel", "model") if peer.get(key))
-    place = ":".join(filter(None, (peer.get("hostname"), peer.get("cwd"))))
+    host = peer.get("hostname")
+    place = ":".join(filter(None, (host, peer.get("cwd"))))
     parts = ["-", label(profile.get("avatar") or ""), name, f"[{', '.join(filter(None, tags))}]",
-             kind and f"{{{kind}}}", f"key {peer['pubkey'][:KEY_DIGITS]}", label(place, 200),
-             summary and f'"{label(summary, 500)}"']
+             host and ("[local]" if host == here else "[remote]"), kind and f"{{{kind}}}",
+             f"key {peer['pubkey'][:KEY_DIGITS]}", label(place, 200), summary and f'"{label(summary, 500)}"']
     return " ".join(filter(None, parts))
 
 
@@ -2474,7 +2624,79 @@ def closed_note(link: Link, error: MeshError) -> Note:
         link, kind="system", event="connection_closed", code=error.code)
 
 
-# --- 8. The stdio server ---------------------------------------------------------------------------
+# --- 8. Skills as prompts and resources ------------------------------------------------------------
+# A skill is a text of a peer's. What stands before it is YAML whose values are written as JSON, which is
+# YAML too: no quote or line break in a value can end it.
+
+SKILL_URI = "skill://claudemesh/"
+MARKDOWN = "text/markdown"
+MANIFEST = {  # field of a manifest: its key in the front matter, in this order (MCP-61)
+    "description": "description", "when_to_use": "when_to_use", "allowed_tools": "allowed-tools", "model": "model",
+    "context": "context", "agent": "agent", "user_invocable": "user-invocable", "argument_hint": "argument-hint",
+}
+FORK = ("Do not follow the instructions below yourself. Run them in a sub-agent: call the Agent tool with subagent_type "
+        "{agent}{model}, and give it everything after this paragraph as its prompt.{tools}\n\n")
+
+
+def manifest_fields(skill: Json) -> Json:
+    """What the manifest of a skill says of it, by front matter key; `user-invocable` only where it is false."""
+    manifest = skill["manifest"] if isinstance(skill["manifest"], dict) else {}
+    return {key: manifest[name] for name, key in MANIFEST.items()
+            if manifest.get(name) not in (None, "", []) and (name != "user_invocable" or manifest[name] is False)}
+
+
+def front_matter(fields: Json) -> str:
+    """`fields` as a block of YAML (MCP-61); none at all is no block."""
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---", "", ""]) if lines else ""
+
+
+def prompt_entry(name: str, skill: Json) -> Json:
+    return {"name": name, "description": one_line(skill["description"]), "arguments": []}
+
+
+def prompt_of(skill: Json) -> Json:
+    """A skill as a prompt: front matter, instructions, and before both the order to use a sub-agent if the
+    skill asks for one (MCP-61, MCP-62)."""
+    fields = manifest_fields(skill)
+    text = front_matter(fields) + skill["instructions"]
+    if fields.get("context") == "fork":
+        tools = fields.get("allowed-tools")
+        text = FORK.format(
+            agent=_json(fields.get("agent") or "general-purpose"),
+            model=f" and model {_json(fields['model'])}" if "model" in fields else "",
+            tools=f" It may use only these tools: {words(tools)}." if tools else "") + text
+    return {"description": one_line(skill["description"]),
+            "messages": [{"role": "user", "content": {"type": "text", "text": harmless(text)}}]}
+
+
+def resource_entry(name: str, skill: Json) -> Json:
+    from urllib.parse import quote
+    return {"uri": SKILL_URI + quote(name, safe=""), "name": name, "description": one_line(skill["description"]),
+            "mimeType": MARKDOWN}
+
+
+def resource_of(uri: str, skill: Json) -> Json:
+    """A skill as a resource: always with front matter (MCP-61)."""
+    return {"contents": [{"uri": uri, "mimeType": MARKDOWN, "text": harmless(skill_file(skill))}]}
+
+
+def skill_file(skill: Json) -> str:
+    """A skill as a file: name, description, tags, what its manifest adds, then the instructions."""
+    named = {"name": skill["name"], "description": skill["description"], "tags": skill["tags"]}
+    named = {key: value for key, value in named.items() if value}
+    return front_matter(named | manifest_fields(skill) | named) + skill["instructions"]
+
+
+def skill_name(uri: str) -> str:
+    """The name in the URI of a skill. Raises `MeshError`."""
+    from urllib.parse import unquote
+    if not uri.startswith(SKILL_URI):
+        raise MeshError("not_found", f"There is no resource {_json(uri)}; those here begin with {SKILL_URI}")
+    return unquote(uri.removeprefix(SKILL_URI))
+
+
+# --- 9. The stdio server ---------------------------------------------------------------------------
 # Three threads around the event loop of the main thread. The reader answers what needs no mesh from
 # data alone, so the host never waits for imports; the writer owns stdout; the watchdog ends the
 # process in time whatever the others are stuck in.
@@ -2482,8 +2704,9 @@ def closed_note(link: Link, error: MeshError) -> Note:
 VERSION = "0.1.0"  #: as in pyproject.toml
 SERVER_INFO = {"name": "claudemesh", "version": VERSION}
 PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
-CAPABILITIES: Json = {"tools": {}, "experimental": {"claude/channel": {}}}
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS = -32700, -32600, -32601, -32602
+CAPABILITIES: Json = {"tools": {}, "prompts": {"listChanged": True}, "resources": {"listChanged": True},
+                      "experimental": {"claude/channel": {}}}
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
 MAX_LINE = 8 << 20       # bytes of one incoming line
 MAX_NOTES = 4 << 20      # bytes waiting on stdout beyond which notifications are not written
 MAX_OUTPUT = 64 << 20    # bytes waiting on stdout beyond which the host counts as gone
@@ -2674,7 +2897,21 @@ class StdioServer:
             return self.refuse(request, INVALID_PARAMS, "a call has a name and an object of arguments")
         if not self.begun.is_set():  # MCP-10
             return self.refuse(request, INVALID_REQUEST, "initialize comes first")
-        return self.post(self._call, request, name, arguments)
+        return self.post(self._start, request, self.session.call, name, arguments)
+
+    def list_skills(self, work: Callable[..., Awaitable[Json]], empty: Json, request: object) -> None:
+        """prompts/list and resources/list: at once, with what is connected; list_changed follows (MCP-60)."""
+        if self.loop is None:
+            return self.answer(request, result=empty)
+        return self.post(self._start, request, work)
+
+    def read_skill(self, work: Callable[..., Awaitable[Json]], name: object, request: object) -> None:
+        """prompts/get and resources/read."""
+        if not isinstance(name, str):
+            return self.refuse(request, INVALID_PARAMS, "expected the name of a prompt or the uri of a resource")
+        if not self.begun.is_set():
+            return self.refuse(request, INVALID_REQUEST, "initialize comes first")
+        return self.post(self._start, request, work, name)
 
     # In the event loop
 
@@ -2702,16 +2939,22 @@ class StdioServer:
         await self.session.leave()
         self.left.set()
 
-    def _call(self, request: object, name: str, arguments: Json) -> None:
-        task = asyncio.ensure_future(self.session.call(name, arguments))
+    def _start(self, request: object, work: Callable[..., Awaitable[Json]], *arguments: object) -> None:
+        task = asyncio.ensure_future(work(*arguments))
         self.calls[request] = task
-        task.add_done_callback(lambda done: self._called(request, done))
+        task.add_done_callback(lambda done: self._finished(request, done))
 
-    def _called(self, request: object, task: asyncio.Task[Any]) -> None:
+    def _finished(self, request: object, task: asyncio.Task[Any]) -> None:
         if self.calls.get(request) is task:
             del self.calls[request]
-        if not task.cancelled():  # MCP-9: who cancelled wants no answer
+        if task.cancelled():  # MCP-9: who cancelled wants no answer
+            return
+        error = task.exception()
+        if error is None:
             self.answer(request, result=task.result())
+        else:  # of a prompt or resource; a tool's failure is a result
+            known = isinstance(error, MeshError) and error.code == "not_found"
+            self.refuse(request, INVALID_PARAMS if known else INTERNAL, explain(error))
 
     def _cancel(self, request: object) -> None:
         if isinstance(request, (int, str)) and request in self.calls:
@@ -2727,9 +2970,13 @@ METHODS = {
     "ping": _data(dict),
     "tools/list": _data(lambda: {"tools": tool_listing()}),
     "tools/call": StdioServer.call_tool,
+    "prompts/list": lambda server, request, params: server.list_skills(server.session.prompts, {"prompts": []}, request),
+    "prompts/get": lambda server, request, params: server.read_skill(server.session.prompt, params.get("name"), request),
+    "resources/list": lambda server, request, params: server.list_skills(
+        server.session.resources, {"resources": []}, request),
+    "resources/read": lambda server, request, params: server.read_skill(
+        server.session.resource, params.get("uri"), request),
     # Not offered, but some hosts ask all the same.
-    "prompts/list": _data(lambda: {"prompts": []}),
-    "resources/list": _data(lambda: {"resources": []}),
     "resources/templates/list": _data(lambda: {"resourceTemplates": []}),
 }
 
@@ -2767,8 +3014,8 @@ def run_mcp(args: object = None) -> int:
     return StdioServer(source, sink, Identity(config or {"meshes": []}, os.environ)).run()
 
 
-# --- 9. Commands ----------------------------------------------------------------------------------
-# One function a command, in the order of `COMMANDS` (section 11), which declares their arguments. A
+# --- 10. Commands ---------------------------------------------------------------------------------
+# One function a command, in the order of `COMMANDS` (section 12), which declares their arguments. A
 # command prints to stdout only what was asked for and returns its exit code, None for 0; whatever goes
 # wrong is raised, and becomes one line on stderr in `main`. Commands that talk to a broker are coroutines.
 
@@ -2891,6 +3138,7 @@ def _typed(pattern: str, most: float, what: str, convert: Callable[[str], float]
 
 
 _port = _typed(r"[1-9]\d{0,4}", 65535, "a port")
+_version = _typed(r"\d{1,15}", 10**15, "a version")
 _uses = _typed(r"[1-9]\d{0,5}", 100_000, "a number of uses")
 _seconds = _typed(r"\d{1,9}(\.\d{1,9})?", 1e6, "a number of seconds", float)
 _delay = _typed(r"\d{1,9}(\.\d{1,6})?\s*(s|sec|m|min|h|hr|d|day|w)?", 100 * 365 * 86400,
@@ -3390,10 +3638,11 @@ async def _do_state_set(args: argparse.Namespace) -> None:
         value = json.loads(args.value, parse_constant=int)  # NaN is no JSON, nor is it for int()
     except (ValueError, RecursionError):
         value = args.value  # what is no JSON is text
+    condition = {} if args.if_version is None else {"ifVersion": args.if_version}
     async with _quiet(args) as client:
-        await client.request("set_state", key=args.key, value=value)
+        ack = await client.request("set_state", key=args.key, value=value, **condition)
     if args.json:
-        return _print_json({"key": args.key, "value": value, "mesh": client.slug})
+        return _print_json({"key": args.key, "value": value, "version": ack.get("version"), "mesh": client.slug})
     print(f"{_shown(args.key)} = {_shown(_json(value))}")
 
 
@@ -3402,6 +3651,81 @@ async def _do_state_list(args: argparse.Namespace) -> None:
         entries = (await client.request("list_state"))["entries"]
     _print_table(args, entries, {"KEY": "key", "VALUE": lambda entry: _json(entry["value"]), "SET BY": "updatedBy",
                                  "AT": lambda entry: _local_time(entry["updatedAt"])})
+
+
+async def _ask(args: argparse.Namespace, request: str, **fields: Any) -> Json:
+    """The answer to one request of a quiet client; fields that are None are left out."""
+    async with _quiet(args) as client:
+        answer = await client.request(request, **{name: value for name, value in fields.items() if value is not None})
+    if answer.get("truncated"):  # MCP-37
+        print("claudemesh: this is not all, the answer would be too long", file=sys.stderr)
+    return _without(answer, "type", "_reqId")
+
+
+def _told(args: argparse.Namespace, record: Json, text: str) -> None:
+    """What was done: `record` for a program, else `text`."""
+    if args.json:
+        return _print_json(record)
+    print(_shown(text, lines=True))
+
+
+def _tags(record: Json) -> str:
+    return " ".join(f"#{tag}" for tag in record["tags"])
+
+
+async def _do_remember(args: argparse.Namespace) -> None:
+    answer = await _ask(args, "remember", content=_stdin_text() if args.text == "-" else args.text, tags=args.tag)
+    _told(args, answer, f"remembered as {answer['id']}")
+
+
+async def _do_recall(args: argparse.Namespace) -> None:
+    """A line about each memory, then its text, indented so that it cannot pass for such a line."""
+    found = (await _ask(args, "recall", query=" ".join(args.query)))["memories"]
+    if args.json:
+        return _print_json(found)
+    for memory in found:
+        notes = [memory["id"], memory["rememberedBy"], _local_time(memory["rememberedAt"]), _tags(memory)]
+        print("\n    ".join([_shown("  ".join(notes)).rstrip(), *_shown(memory["content"], lines=True).split("\n")]))
+
+
+async def _do_forget(args: argparse.Namespace) -> None:
+    _told(args, await _ask(args, "forget", memoryId=args.id), f"forgotten: {args.id}")
+
+
+async def _do_tasks(args: argparse.Namespace) -> None:
+    tasks = (await _ask(args, "list_tasks", status=args.status, assignee=args.assignee))["tasks"]
+    _print_table(args, tasks, {
+        "ID": "id", "STATUS": "status", "PRIORITY": "priority", "FOR": lambda task: task["assignee"] or "-",
+        "HELD BY": lambda task: task["claimedBy"] or "-", "TITLE": "title", "TAGS": _tags})
+
+
+async def _do_task_add(args: argparse.Namespace) -> None:
+    answer = await _ask(args, "create_task", title=args.title, assignee=args.assignee, priority=args.priority, tags=args.tag)
+    _told(args, answer, f"task {answer['id']}")
+
+
+async def _do_task_claim(args: argparse.Namespace) -> None:
+    """CLI-19: the member itself holds it, so any of its sessions may complete it."""
+    await _ask(args, "claim_task", taskId=args.id)
+    _told(args, {"id": args.id, "status": "claimed"}, f"task {args.id} is yours")
+
+
+async def _do_task_done(args: argparse.Namespace) -> None:
+    await _ask(args, "complete_task", taskId=args.id, result=args.result)
+    _told(args, {"id": args.id, "status": "done"}, f"task {args.id} is done")
+
+
+async def _do_skills(args: argparse.Namespace) -> None:
+    skills = (await _ask(args, "list_skills", query=args.query))["skills"]
+    _print_table(args, skills, {"NAME": "name", "BY": "author", "DESCRIPTION": "description", "TAGS": _tags})
+
+
+async def _do_skill_show(args: argparse.Namespace) -> None:
+    """A skill as the file it would be: front matter and instructions."""
+    skill = (await _ask(args, "get_skill", name=args.name))["skill"]
+    if skill is None:
+        raise MeshError("not_found", f"there is no skill {args.name!r}")
+    _told(args, skill, skill_file(skill))
 
 
 async def _do_sql(args: argparse.Namespace) -> None:
@@ -3468,7 +3792,7 @@ async def _unreachable(entry: Json) -> str | None:
         return f"no answer in {STATUS_LIMIT_S:g} s"
 
 
-# --- 10. The demo ---------------------------------------------------------------------------------
+# --- 11. The demo ---------------------------------------------------------------------------------
 # `claudemesh demo` shows the whole way on this machine through the real programs: a broker process with
 # a database file, two members with a configuration each, two `claudemesh mcp` processes spoken to as
 # Claude Code does. Nothing is simulated and nothing sleeps: each step waits for what it is about, and
@@ -3729,7 +4053,7 @@ async def _do_demo(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-# --- 11. Main -------------------------------------------------------------------------------------
+# --- 12. Main -------------------------------------------------------------------------------------
 
 def _argument(*names: str, **how: Any) -> tuple[tuple[str, ...], Json]:
     return names, how
@@ -3741,6 +4065,8 @@ _NAME = _argument("--name", help="what others call you; kept for later (default:
 _DATA = _argument("--data", metavar="DIR", help="the broker's data (default: broker/ in the configuration directory)")
 _SLUG = _argument("slug", metavar="SLUG", help="the mesh")
 _KEY = _argument("key", metavar="KEY")
+_ID = _argument("id", metavar="ID", help="the whole id, as the list shows it")
+_TAG = _argument("--tag", action="append", metavar="TAG", help="a word to find it by; may be repeated")
 
 Command = collections.namedtuple("Command", "section run about arguments")
 COMMANDS = {  # CLI-2
@@ -3792,14 +4118,35 @@ COMMANDS = {  # CLI-2
         _argument("id", metavar="ID", help="from `claudemesh remind list`"), _MESH)),
     "state get": Command("Talking", _do_state_get, "read a shared key", (_KEY, _MESH, _JSON)),
     "state set": Command("Talking", _do_state_set, "write a shared key", (
-        _KEY, _argument("value", metavar="VALUE", help="JSON, else it is taken as text"), _MESH, _JSON)),
+        _KEY, _argument("value", metavar="VALUE", help="JSON, else it is taken as text"),
+        _argument("--if-version", type=_version, metavar="N", help="only if the key is at this version (0: not set yet)"),
+        _MESH, _JSON)),
     "state list": Command("Talking", _do_state_list, "all shared keys", (_MESH, _JSON)),
-    "sql": Command("Talking", _do_sql, "ask or change the mesh's own database", (
+    "info": Command("Talking", _do_info, "a mesh at a glance", (_MESH, _JSON)),
+    "remember": Command("Sharing", _do_remember, "keep a text for the whole mesh", (
+        _argument("text", metavar="TEXT", help="the text; - reads it from standard input"), _TAG, _MESH, _JSON)),
+    "recall": Command("Sharing", _do_recall, "search what the mesh remembers", (
+        _argument("query", metavar="WORD", nargs="+", help="all words must occur, in any form"), _MESH, _JSON)),
+    "forget": Command("Sharing", _do_forget, "take a memory out of every search", (_ID, _MESH, _JSON)),
+    "tasks": Command("Sharing", _do_tasks, "the newest tasks", (
+        _argument("--status", choices=("open", "claimed", "done"), help="only these"),
+        _argument("--assignee", metavar="NAME", help="only those meant for NAME"), _MESH, _JSON)),
+    "tasks add": Command("Sharing", _do_task_add, "add a task", (
+        _argument("title", metavar="TITLE", help="what is to be done"),
+        _argument("--assignee", metavar="NAME", help="who should do it"),
+        _argument("--priority", choices=("low", "normal", "high", "urgent")), _TAG, _MESH, _JSON)),
+    "tasks claim": Command("Sharing", _do_task_claim, "take an open task", (_ID, _MESH, _JSON)),
+    "tasks done": Command("Sharing", _do_task_done, "mark a task done", (
+        _ID, _argument("result", metavar="RESULT", nargs="?", help="what came of it"), _MESH, _JSON)),
+    "skills": Command("Sharing", _do_skills, "the skills of a mesh", (
+        _argument("query", metavar="TEXT", nargs="?", help="only those that contain it"), _MESH, _JSON)),
+    "skills show": Command("Sharing", _do_skill_show, "print a skill as a file", (
+        _argument("name", metavar="NAME", help="from `claudemesh skills`"), _MESH, _JSON)),
+    "sql": Command("Sharing", _do_sql, "ask or change the mesh's own database", (
         _argument("sql", metavar="SQL", nargs="?", help="the statement; - reads it from standard input; without it, "
                                                         "the tables are listed"),
         _argument("--write", action="store_true", help="change the database; several statements are one transaction"),
         _MESH, _JSON)),
-    "info": Command("Talking", _do_info, "a mesh at a glance", (_MESH, _JSON)),
     "mcp": Command("Run", run_mcp, "be the MCP server of an AI session, on stdin and stdout", ()),
     "broker": Command("Run", _do_broker, "run a broker in the foreground", ()),
 }

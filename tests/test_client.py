@@ -48,7 +48,7 @@ class FakeBroker:
     def __init__(self) -> None:
         self.frames: list[dict] = []
         self.connections: list[wire.Connection] = []
-        self.capabilities = ["client_ack", "session_proof", "sealed_multicast", "target", "quiet", "inbox"]
+        self.capabilities = ["client_ack", "session_proof", "sealed_multicast", "target", "events", "quiet", "inbox"]
         self.refuse: str | None = None
         self.silent = False
         self.answers: dict[str, Callable[[dict], list[dict]]] = {}
@@ -693,7 +693,7 @@ def test_hello_is_signed_afresh_by_the_member_and_proves_the_session_key():
             "meshId": MESH_ID, "memberId": MEMBER_ID, "pubkey": ALICE.public, "sessionPubkey": ALICE_SESSION.public,
             "displayName": "alice", "groups": [{"name": "crew"}, {"name": "ops", "role": "lead"}],
             "timestamp": 1_900_000_001_500, "peerType": "ai", "channel": "sdk", "pid": os.getpid()}
-        assert hello["capabilities"] == ["client_ack", "session_proof", "sealed_multicast", "target"]
+        assert hello["capabilities"] == ["client_ack", "session_proof", "sealed_multicast", "target", "events"]
         assert wire.verify_hello(hello, 1_900_000_001_500) is None
         proof = wire.session_text(MESH_ID, ALICE.public, ALICE_SESSION.public, 1_900_000_001_500)
         assert wire.verify(proof, hello["sessionSignature"], ALICE_SESSION.public)

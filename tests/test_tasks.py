@@ -21,6 +21,13 @@ async def task(peer, **fields):
     return answer["tasks"][0]
 
 
+async def claimed(creator, claimer):
+    """The id of a new task that `claimer` has claimed."""
+    id = (await creator.request("create_task", title="t"))["id"]
+    assert (await claimer.request("claim_task", taskId=id))["type"] == "task_list"
+    return id
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 
@@ -131,8 +138,7 @@ async def test_of_two_who_claim_at_once_one_wins_and_the_other_is_told_who(world
 @story
 async def test_two_sessions_of_one_member_are_two_claimers(world):
     one, two = await world.peer("ana", sessionId="1"), await world.peer("ana", sessionId="2")
-    id = (await one.request("create_task", title="t"))["id"]
-    await one.request("claim_task", taskId=id)
+    id = await claimed(one, one)
     refused = await two.request("claim_task", taskId=id)
     assert (refused["code"], refused["message"]) == (
         "task_not_claimable", f"the task is claimed by ana (key {one.key[:16]})")
@@ -152,8 +158,7 @@ async def test_tasks_that_do_not_exist(world):
 @story
 async def test_only_the_holder_completes_a_claimed_task_and_may_say_so_twice(world):
     ana, bo = await world.peer("ana"), await world.peer("bo")
-    id = (await ana.request("create_task", title="t"))["id"]
-    await bo.request("claim_task", taskId=id)
+    id = await claimed(ana, bo)
     refused = await ana.request("complete_task", taskId=id, result="mine")
     assert (refused["code"], refused["claimedBy"]) == ("task_conflict", "bo")
     assert (await task(ana))["status"] == "claimed"
@@ -171,8 +176,7 @@ async def test_only_the_holder_completes_a_claimed_task_and_may_say_so_twice(wor
 async def test_a_member_completes_what_its_session_claimed_and_the_other_way_round(world):
     session, member = await world.peer("ana"), await world.peer("ana", ("quiet",), session=None)
     for claimer, completer in ((session, member), (member, session)):
-        id = (await session.request("create_task", title="t"))["id"]
-        await claimer.request("claim_task", taskId=id)
+        id = await claimed(session, claimer)
         assert (await completer.request("complete_task", taskId=id))["tasks"][0]["status"] == "done"
 
 
@@ -183,8 +187,7 @@ async def test_a_member_completes_what_its_session_claimed_and_the_other_way_rou
 @story
 async def test_who_stays_away_longer_than_the_lease_loses_the_task(world):
     ana, bo = await world.peer("ana"), await world.peer("bo")
-    id = (await ana.request("create_task", title="t"))["id"]
-    await bo.request("claim_task", taskId=id)
+    id = await claimed(ana, bo)
     world.pass_seconds(3 * TASK_LEASE_SECONDS)  # present, however long it takes
     assert (await task(ana))["status"] == "claimed"
     await bo.drop()
@@ -202,8 +205,7 @@ async def test_who_stays_away_longer_than_the_lease_loses_the_task(world):
 @story
 async def test_who_comes_back_in_time_keeps_the_task(world):
     ana, bo = await world.peer("ana"), await world.peer("bo")
-    id = (await ana.request("create_task", title="t"))["id"]
-    await bo.request("claim_task", taskId=id)
+    await claimed(ana, bo)
     for _ in range(3):
         await bo.leave()
         await ana.answer(lambda frame: frame.get("event") == "peer_left")
@@ -218,8 +220,7 @@ async def test_who_comes_back_in_time_keeps_the_task(world):
 async def test_a_claim_by_the_member_lasts_while_any_of_its_sessions_is_there(world):
     ana, bo = await world.peer("ana"), await world.peer("bo")
     member = await world.peer("bo", ("quiet",), session=None)
-    id = (await ana.request("create_task", title="t"))["id"]
-    await member.request("claim_task", taskId=id)
+    await claimed(ana, member)
     await member.leave()
     world.pass_seconds(TASK_LEASE_SECONDS + 2)
     assert (await task(ana))["status"] == "claimed"
@@ -233,8 +234,7 @@ async def test_a_claim_by_the_member_lasts_while_any_of_its_sessions_is_there(wo
 @story
 async def test_no_lease_runs_while_the_broker_is_down(world):
     bo = await world.peer("bo")
-    id = (await bo.request("create_task", title="t"))["id"]
-    await bo.request("claim_task", taskId=id)
+    await claimed(bo, bo)
     await world.stop()
     world.skipped += 10 * TASK_LEASE_SECONDS
     await world.start()
@@ -251,7 +251,7 @@ def test_the_lease_is_a_setting(tmp_path):
     async def tell():
         async with World(tmp_path, task_lease=5) as world:
             ana, bo = await world.peer("ana"), await world.peer("bo")
-            await bo.request("claim_task", taskId=(await ana.request("create_task", title="t"))["id"])
+            await claimed(ana, bo)
             await bo.leave()
             await ana.answer(lambda frame: frame.get("event") == "peer_left")
             world.pass_seconds(7)
