@@ -2553,6 +2553,9 @@ def http_create_mesh(hub: Broker, call: Call) -> dict[str, Any]:
         raise Denied(403, "forbidden", "the request is not signed by owner_pubkey")
     if not isinstance(slug, str) or not SLUG.fullmatch(slug):
         raise Denied(400, "bad_slug", "a slug is a-z, 0-9 and -, at most 63 characters")
+    mesh = hub.find_mesh(next((id for id, known in hub.slugs.items() if known == slug), None))
+    if mesh is not None and mesh.row.owner_pubkey == owner:  # HTTP-25: its answer was lost
+        return {"ok": True, "meshId": mesh.id, "slug": slug, "brokerUrl": hub.public_url}
     if slug in hub.slugs.values() or hub.directory(slug).exists():
         raise Denied(409, "slug_taken", f"there is a mesh called {slug}")
     mesh = hub.create_mesh(slug, name if isinstance(name, str) and name else slug, owner)
@@ -2612,9 +2615,10 @@ def http_invites(hub: Broker, call: Call) -> dict[str, Any]:
 def http_revoke_invite(hub: Broker, call: Call) -> dict[str, Any]:
     """DELETE /mesh/<id>/invites/<invite>: nobody joins with it any more (SPEC INV-8)."""
     mesh, actor = hub.authorise(call, admin=True)
-    if not mesh.store.revoke_invite(call.ids[1], hub.clock()):
+    id = next((invite.id for invite in mesh.store.invites() if call.ids[1] in (invite.id, invite.token)), "")
+    if not mesh.store.revoke_invite(id, hub.clock()):
         raise Denied(404, "not_found", "no such invite, or already revoked")
-    mesh.store.audit("invite_revoked", actor, None, {"invite": call.ids[1]}, hub.clock())
+    mesh.store.audit("invite_revoked", actor, None, {"invite": id}, hub.clock())
     return {"ok": True}
 
 
