@@ -26,16 +26,23 @@ resources, 9 the stdio server, 10 commands, 11 the demo, 12 main.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+_IS_PROGRAM = os.path.basename(sys.argv[0] if sys.argv else "") == "claudemesh" and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+if _IS_PROGRAM:  # CLI-1: until `main` catches it, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import collections
+import errno
 import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
-import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -113,9 +120,14 @@ def write_private(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, UnicodeError) as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         temporary.unlink(missing_ok=True)
-        raise _usage(f"{path}: {_reason(error)}") from None
+        if isinstance(error, (OSError, UnicodeError)):
+            raise _usage(f"{path}: {_reason(error)}") from None
+        raise
+
+
+_REPAIR = "; repair it or move it away"
 
 
 def _read_json(path: Path) -> Any:
@@ -125,13 +137,13 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:  # CONF-4
-        raise _usage(f"{path}: line {error.lineno} column {error.colno}: {error.msg}") from None
+        raise _usage(f"{path}: line {error.lineno} column {error.colno}: {error.msg}{_REPAIR}") from None
     except UnicodeDecodeError as error:
-        raise _usage(f"{path}: byte {error.start} is not UTF-8") from None
+        raise _usage(f"{path}: byte {error.start} is not UTF-8{_REPAIR}") from None
     except OSError as error:
         raise _usage(f"{path}: {error.strerror}") from None
     except RecursionError:
-        raise _usage(f"{path}: nested too deeply") from None
+        raise _usage(f"{path}: nested too deeply{_REPAIR}") from None
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -217,11 +229,11 @@ def load_config(dir: Path | None = None) -> Json:
     path = (dir or config_dir()) / "config.json"
     found = _read_json(path)
     if not isinstance(found, (dict, type(None))):
-        raise _usage(f"{path}: expected an object")
+        raise _usage(f"{path}: expected an object{_REPAIR}")
     config = {"version": 1, "meshes": [], **(found or {})}
     fault = _config_fault(config)
     if fault is not None:
-        raise _usage(f"{path}: {fault}")
+        raise _usage(f"{path}: {fault}{_REPAIR}")
     return config
 
 
@@ -254,6 +266,20 @@ def update_config(change: Callable[[Json], Any], dir: Path | None = None) -> Any
         result = change(config)
         save_config(config, directory)
     return result
+
+
+def _kept(path: Path, dir: Path | None, make: Callable[[], Json]) -> tuple[Any, bool]:
+    """The JSON in the file, and whether it was made only now, which happens once among processes (CONF-5).
+
+    What a request to a broker depends on is kept like this before it is sent. Raises `UsageError`.
+    """
+    with _Lock((dir or config_dir()) / "lock"):
+        stored = _read_json(path)
+        if stored is not None:
+            return stored, False
+        made = make()
+        _write_json(path, made)
+        return made, True
 
 
 def require_slug(slug: str) -> str:
@@ -291,20 +317,22 @@ def invite_file(slug: str, dir: Path | None = None) -> Path:
 
 def owner_file(slug: str, dir: Path | None = None) -> Path:
     """Where the owner's keys of a mesh created here are kept: `{meshId, slug, brokerUrl, ownerPubkey,
-    ownerSecretKey, rootKey}`."""
+    ownerSecretKey, rootKey}`, and `inviteUrl` if the broker names another address for others. Without
+    `meshId` the mesh is still to be made, or the broker's answer was lost (SPEC INV-24)."""
     return (dir or config_dir()) / f"owner-{require_slug(slug)}.json"
 
 
-def _owner(slug: str, dir: Path | None) -> Json | None:
+def _owner(slug: str, dir: Path | None, *, unfinished: bool = False) -> Json | None:
+    """What the owner file says, None if there is none or, but for `unfinished`, the mesh is not made yet."""
     path = owner_file(slug, dir)
     owner = _read_json(path)
     if owner is None:
         return None
-    names = ("meshId", "slug", "brokerUrl", "ownerPubkey", "ownerSecretKey", "rootKey")
+    names = ("slug", "brokerUrl", "ownerPubkey", "ownerSecretKey", "rootKey")
     wrong = next((n for n in names if not isinstance(owner, dict) or not _is_text(owner.get(n))), None)
     if wrong is not None:
-        raise _usage(f"{path}: {wrong}: expected a text")
-    return owner
+        raise _usage(f"{path}: {wrong}: expected a text{_REPAIR}")
+    return owner if unfinished or _is_text(owner.get("meshId")) else None
 
 
 def _file_name(text: str) -> str:
@@ -315,22 +343,35 @@ def _file_name(text: str) -> str:
 def session_keys(mesh_id: str, session_id: str, dir: Path | None = None) -> wire.KeyPair:
     """The key pair of that session, made and kept at its first use (SPEC CONF-7): a session that is
     resumed keeps its address and can read what was queued for it. Raises `UsageError`."""
+    path = (dir or config_dir()) / "sessions" / _file_name(mesh_id) / f"{_file_name(session_id)}.json"
+
+    def about() -> Json:
+        for file in path.parent.glob("*.json"):
+            if file.stat().st_mtime < time.time() - SESSION_KEY_DAYS * 86400:
+                file.unlink(missing_ok=True)
+        return {"sessionId": session_id}
+
+    keys, made = _kept_keys(path, dir, about)
+    if not made:
+        try:
+            os.utime(path)
+        except OSError:
+            pass  # not ours to touch: it only looks older than it is
+    return keys
+
+
+def _kept_keys(path: Path, dir: Path | None, about: Callable[[], Json]) -> tuple[wire.KeyPair, bool]:
+    """The key pair in that file, and whether it was made now, beside what `about` says. Raises `UsageError`."""
     _load()
-    directory = dir or config_dir()
-    path = directory / "sessions" / _file_name(mesh_id) / f"{_file_name(session_id)}.json"
-    with _Lock(directory / "lock"):  # two processes of one session must not make two pairs
-        stored = _read_json(path)
-        if stored is None:
-            keys = wire.KeyPair.generate()
-            for file in path.parent.glob("*.json"):
-                if file.stat().st_mtime < time.time() - SESSION_KEY_DAYS * 86400:
-                    file.unlink(missing_ok=True)
-            _write_json(path, {"sessionId": session_id, "pubkey": keys.public, "secretKey": keys.secret})
-            return keys
+
+    def make() -> Json:
+        keys = wire.KeyPair.generate()
+        return {**about(), "pubkey": keys.public, "secretKey": keys.secret}
+
+    stored, made = _kept(path, dir, make)
     if not isinstance(stored, dict) or not _is_hex(128)(stored.get("secretKey")):
         raise _usage(f"{path}: secretKey: expected 128 lower-case hex digits")
-    os.utime(path)
-    return wire.KeyPair.from_seed(bytes.fromhex(stored["secretKey"][:64]))
+    return wire.KeyPair.from_seed(bytes.fromhex(stored["secretKey"][:64])), made
 
 
 # --- 3. Signed HTTP, invites, enrolment -----------------------------------------------------------
@@ -371,26 +412,68 @@ def http_call(base: str, method: str, path: str, body: Any = None, *, sign: wire
         if answer.length:  # what `read` with a limit does not say
             raise http.client.IncompleteRead(content, answer.length)
     except (OSError, http.client.HTTPException) as error:
-        raise MeshError("offline", f"{base} cannot be reached: {_reason(error)}") from None
+        raise _unreachable_at(base, error) from None
     except ValueError:  # its text shows the header, which may be a secret
         raise wire.UsageError("a header has characters that HTTP cannot carry") from None
     finally:
         connection.close()
-    return content if raw and answer.status == 200 else _http_result(answer.status, content)
+    return content if raw and answer.status == 200 else _http_result(answer.status, content, parts.netloc)
 
 
-def _http_result(status: int, content: bytes) -> Json:
+def _http_result(status: int, content: bytes, where: str) -> Json:
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
         answer = None
-    answer = answer if isinstance(answer, dict) else {}
+    if not isinstance(answer, dict):
+        raise MeshError(f"http_{status}", f"{where} is no claudemesh broker: no usable answer (HTTP {status})")
     if status == 200 and answer.get("ok") is True:
         return answer
     error, message = answer.get("error"), answer.get("message")
     code = error if isinstance(error, str) and _CODE.fullmatch(error) else f"http_{status}"
     text = message if _is_text(message) else error if _is_text(error) else "no usable answer"
     raise MeshError(code, f"the broker refused: {text} (HTTP {status})", answer)  # INV-23
+
+
+def _unreachable_at(url: str, error: Exception) -> MeshError:
+    """`offline`, with what to do about it where that is known; the same words for HTTP and WebSocket."""
+    from urllib.parse import urlsplit
+    parts, why = urlsplit(url), _reason(error)
+    if isinstance(error, ConnectionRefusedError) and parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        why = "nothing listens there; `claudemesh up` starts a broker"
+    elif "CERTIFICATE_VERIFY_FAILED" in str(error):
+        why += "; a certificate authority of your own is named by SSL_CERT_FILE"
+    elif not isinstance(error, OSError):
+        why = f"it does not answer as a claudemesh broker does ({why})"
+    return MeshError("offline", f"{parts.netloc} cannot be reached: {why}")
+
+
+ADVICE = {  #: refusals of /mesh, /join, signed requests and hello that need more than the code to be understood
+    "invite_exhausted": "the invite is used up: ask for another",
+    "invite_revoked": "the invite was revoked: ask for another",
+    "invite_expired": "the invite has expired: ask for another",
+    "invite_not_found": "the broker does not know this invite: ask for another",
+    "invite_bad_signature": "the invite was altered on its way: ask for it again",
+    "invite_owner_mismatch": "the invite is not signed by the owner of {slug}: ask for another",
+    "slug_taken": "there is a mesh called {slug} of another owner: choose another name, or ask for an invite",
+    "mesh_not_found": "the broker has no such mesh any more",
+    "member_revoked": "this member was shut out of {slug}: `claudemesh leave {slug}`, then join with a new invite",
+    "unauthorized": "you are no member of {slug} any more: ask for an invite, or: claudemesh leave {slug}",
+    "revoked": "you are no member of {slug} any more: ask for an invite, or: claudemesh leave {slug}",
+    "timestamp_skew": "the clock of this machine and that of the broker differ by more than a minute: set it",
+}
+
+
+def _advised(error: MeshError, slug: str) -> MeshError:
+    """`error` with a sentence that says what to do, under the same code (SPEC CLI-1)."""
+    if error.code not in ADVICE:
+        return error
+    return MeshError(error.code, ADVICE[error.code].format(slug=slug), error.frame)
+
+
+def _is_final(error: MeshError) -> bool:
+    """Whether the broker itself said no, so that nothing has happened there."""
+    return error.code not in ("offline", "malformed") and not error.code.startswith("http_")
 
 
 def _reason(error: BaseException) -> str:
@@ -401,12 +484,13 @@ def _reason(error: BaseException) -> str:
 
 
 def join_mesh(link: str, name: str, *, dir: Path | None = None, timeout: float = HTTP_TIMEOUT,
-              now: Callable[[], float] = time.time) -> Json:
+              now: Callable[[], float] = time.time, broker_url: str | None = None) -> Json:
     """Enrol this machine with an invite and save the membership, which is returned with `alreadyMember`.
 
     Blocks. Nothing is sent and no file is named before the invite has been verified and its slug found
-    safe. Joining a mesh again keeps this machine's key, so it stays the same member and costs no use.
-    Raises `InviteError`, `UsageError`, `MeshError`.
+    safe. Joining a mesh again keeps this machine's key, so it stays the same member and costs no use; so
+    does one whose answer was lost. `broker_url` replaces the address in the invite on this machine. Raises
+    `InviteError`, `UsageError`, `MeshError`.
     """
     _load()
     token = wire.extract_token(link)
@@ -419,16 +503,23 @@ def join_mesh(link: str, name: str, *, dir: Path | None = None, timeout: float =
             raise wire.UsageError(f"already a member of another mesh called {slug}: claudemesh leave {slug} first")
         return old
 
-    old = known(load_config(dir))
-    keys = wire.KeyPair(old["pubkey"], old["secretKey"]) if old else wire.KeyPair.generate()
-    answer = http_call(wire.http_base(payload["broker_url"]), "POST", "/join", {
-        "invite_token": token, "invite_payload": payload, "peer_pubkey": keys.public, "display_name": name,
-    }, timeout=timeout)
+    url = broker_url or payload["broker_url"]
+    base = wire.http_base(url)
+    joining = (dir or config_dir()) / f"joining-{_file_name(payload['mesh_id'])}.json"
+    keys, made = _joining_keys(joining, known(load_config(dir)), dir)
+    try:
+        answer = http_call(base, "POST", "/join", {
+            "invite_token": token, "invite_payload": payload, "peer_pubkey": keys.public, "display_name": name,
+        }, timeout=timeout)
+    except MeshError as error:
+        if made and _is_final(error):
+            joining.unlink(missing_ok=True)
+        raise _advised(error, slug) from None
     if not _is_text(answer.get("memberId")):
         raise MeshError("malformed", "the broker's answer names no member", answer)
     membership = {
         "meshId": payload["mesh_id"], "memberId": answer["memberId"], "slug": slug, "name": slug,
-        "pubkey": keys.public, "secretKey": keys.secret, "brokerUrl": payload["broker_url"],
+        "pubkey": keys.public, "secretKey": keys.secret, "brokerUrl": url,
         "joinedAt": wire.iso(int(now() * 1000)),
     }
 
@@ -439,7 +530,16 @@ def join_mesh(link: str, name: str, *, dir: Path | None = None, timeout: float =
 
     update_config(keep, dir)
     write_private(invite_file(slug, dir), wire.invite_link(token) + "\n")
+    joining.unlink(missing_ok=True)
     return {**membership, "alreadyMember": answer.get("alreadyMember") is True}
+
+
+def _joining_keys(path: Path, old: Json | None, dir: Path | None) -> tuple[wire.KeyPair, bool]:
+    """The keys to enrol with, on disk before the broker hears of them (INV-22), and whether they are new."""
+    if old is not None:
+        update_config(lambda config: None, dir)  # what could not be saved is not asked for
+        return wire.KeyPair(old["pubkey"], old["secretKey"]), False
+    return _kept_keys(path, dir, lambda: {})
 
 
 def leave_mesh(slug: str, dir: Path | None = None) -> int:
@@ -466,27 +566,46 @@ def create_mesh(slug: str, name: str, broker_url: str, *, display_name: str, adm
     """Create a mesh on the broker, keep its owner keys here, and join it as its first admin. Blocks.
 
     The owner's secret key is made on this machine and never leaves it (SPEC INV-24). `name` is the
-    mesh's, `display_name` the new member's. Returns the membership. Raises `UsageError`, `MeshError`.
+    mesh's, `display_name` the new member's. What an earlier attempt left half done is finished. Returns
+    the membership. Raises `UsageError`, `MeshError`.
     """
     _load()
-    path = owner_file(slug, dir)
-    if path.exists():
-        raise wire.UsageError(f"{path} holds the keys of a mesh called {slug}: move it away to create another")
+    base, path = wire.http_base(broker_url), owner_file(slug, dir)
     if any(entry["slug"] == slug for entry in load_config(dir)["meshes"]):
         raise wire.UsageError(f"already a member of a mesh called {slug}: claudemesh leave {slug} first")
-    keys = wire.KeyPair.generate()
-    bearer = {"Authorization": f"Bearer {admin_token}"} if admin_token else None
-    answer = http_call(wire.http_base(broker_url), "POST", "/mesh",
-                       {"slug": slug, "name": name, "owner_pubkey": keys.public},
-                       sign=keys, headers=bearer, timeout=timeout)
-    if not _is_text(answer.get("meshId")):
-        raise MeshError("malformed", "the broker's answer names no mesh", answer)
-    _write_json(path, {
-        "meshId": answer["meshId"], "slug": slug, "brokerUrl": answer.get("brokerUrl") or broker_url,
-        "ownerPubkey": keys.public, "ownerSecretKey": keys.secret, "rootKey": secrets.token_urlsafe(32),
-    })
+    owner, made = _kept_owner(slug, broker_url, dir)
+    if "meshId" not in owner:
+        bearer = {"Authorization": f"Bearer {admin_token}"} if admin_token else None
+        keys = wire.KeyPair(owner["ownerPubkey"], owner["ownerSecretKey"])
+        try:
+            answer = http_call(base, "POST", "/mesh", {"slug": slug, "name": name, "owner_pubkey": keys.public},
+                               sign=keys, headers=bearer, timeout=timeout)
+        except MeshError as error:
+            if made and _is_final(error):
+                path.unlink(missing_ok=True)
+            raise _advised(error, slug) from None
+        if not _is_text(answer.get("meshId")):
+            raise MeshError("malformed", "the broker's answer names no mesh", answer)
+        others = answer.get("brokerUrl") or broker_url
+        _write_json(path, {**owner, "brokerUrl": broker_url, "meshId": answer["meshId"],
+                           **({"inviteUrl": others} if others != broker_url else {})})
     link = make_invite(slug, role="admin", expires_s=SELF_INVITE_SECONDS, max_uses=1, dir=dir, timeout=timeout)
-    return join_mesh(link, display_name, dir=dir, timeout=timeout)
+    return join_mesh(link, display_name, dir=dir, timeout=timeout, broker_url=broker_url)
+
+
+def _kept_owner(slug: str, broker_url: str, dir: Path | None) -> tuple[Json, bool]:
+    """The owner's keys of a mesh made, or to be made, on that broker, and whether they are new (INV-24)."""
+    def make() -> Json:
+        keys = wire.KeyPair.generate()
+        return {"slug": slug, "brokerUrl": broker_url, "ownerPubkey": keys.public, "ownerSecretKey": keys.secret,
+                "rootKey": secrets.token_urlsafe(32)}
+
+    _, made = _kept(owner_file(slug, dir), dir, make)
+    owner = _owner(slug, dir, unfinished=True)
+    if "meshId" in owner and owner["brokerUrl"] != broker_url:
+        raise wire.UsageError(f"{owner_file(slug, dir)} holds the keys of a mesh called {slug} on "
+                              f"{owner['brokerUrl']}: move it away to create another")
+    return owner, made
 
 
 def make_invite(slug: str, *, role: str = "member", expires_s: int = INVITE_SECONDS, max_uses: int = 1,
@@ -498,21 +617,28 @@ def make_invite(slug: str, *, role: str = "member", expires_s: int = INVITE_SECO
     gets the finished text (SPEC INV-25). `preset` may fix displayName, roleTag, groups, messageMode.
     Raises `UsageError`, `MeshError`.
     """
+    return _new_invite(slug, role, expires_s, max_uses, preset, dir, timeout)[0]
+
+
+def _new_invite(slug: str, role: str, expires_s: int, max_uses: int, preset: Mapping[str, Any] | None = None,
+                dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> tuple[str, str | None]:
+    """The link of a new invite, and its id."""
     _load()
     owner = _owner(slug, dir)
     if owner is None:
-        raise wire.UsageError(f"only the machine that created {slug} can invite: {owner_file(slug, dir)} is missing")
+        path = owner_file(slug, dir)
+        what = "holds no finished mesh: repeat the command that creates it" if path.exists() else "is missing"
+        raise wire.UsageError(f"only the machine that created {slug} can invite: {path} {what}")
     if role not in ("admin", "member") or max_uses < 1 or expires_s < 1:
         raise wire.UsageError("an invite has the role admin or member, at least one use, and some time to live")
     payload = wire.sign_invite({
-        "v": 1, "mesh_id": owner["meshId"], "mesh_slug": owner["slug"], "broker_url": owner["brokerUrl"],
-        "expires_at": int(time.time()) + expires_s, "mesh_root_key": owner["rootKey"], "role": role,
-        "owner_pubkey": owner["ownerPubkey"],
+        "v": 1, "mesh_id": owner["meshId"], "mesh_slug": owner["slug"],
+        "broker_url": owner.get("inviteUrl") or owner["brokerUrl"], "expires_at": int(time.time()) + expires_s,
+        "mesh_root_key": owner["rootKey"], "role": role, "owner_pubkey": owner["ownerPubkey"],
     }, owner["ownerSecretKey"])
     token = wire.invite_token({**payload, "nonce": secrets.token_urlsafe(9)})  # else two of one second are one
     body = {"token": token, "maxUses": max_uses, **({"preset": dict(preset)} if preset else {})}
-    _mesh_call(slug, "POST", "/invites", body, dir, timeout)
-    return wire.invite_link(token)
+    return wire.invite_link(token), _mesh_call(slug, "POST", "/invites", body, dir, timeout).get("inviteId")
 
 
 def list_invites(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> list[Json]:
@@ -522,8 +648,10 @@ def list_invites(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEO
 
 
 def revoke_invite(slug: str, invite_id: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> None:
-    """No further member may join with that invite. Blocks. Raises `UsageError`, `MeshError`."""
-    _mesh_call(slug, "DELETE", "/invites/" + _path_part(invite_id), None, dir, timeout)
+    """No further member may join with that invite: its id, link or token. Blocks. Raises `UsageError`, `MeshError`."""
+    _load()
+    id = _path_part(invite_id) if len(invite_id) <= 60 else wire.extract_token(invite_id)
+    _mesh_call(slug, "DELETE", f"/invites/{id}", None, dir, timeout)
 
 
 def list_members(slug: str, dir: Path | None = None, timeout: float = HTTP_TIMEOUT) -> list[Json]:
@@ -551,8 +679,14 @@ def _mesh_call(slug: str, method: str, path: str, body: Any, dir: Path | None, t
     else:
         where = find_mesh(load_config(dir), slug)
         keys = wire.KeyPair(where["pubkey"], where["secretKey"])
-    base = wire.http_base(where["brokerUrl"])
-    return http_call(base, method, f"/mesh/{_path_part(where['meshId'])}{path}", body, sign=keys, timeout=timeout)
+    target = f"/mesh/{_path_part(where['meshId'])}{path}"
+    try:
+        return http_call(wire.http_base(where["brokerUrl"]), method, target, body, sign=keys, timeout=timeout)
+    except MeshError as error:
+        if owner is not None and error.code == "unauthorized":
+            raise MeshError(error.code, f"{where['brokerUrl']} does not know the mesh of {owner_file(slug, dir)}: "
+                                        "if its data are gone, move that file away") from None
+        raise _advised(error, slug) from None
 
 
 # --- 4. MeshClient --------------------------------------------------------------------------------
@@ -568,6 +702,7 @@ SEND_TIMEOUT = 10.0  #: seconds
 SEAL_RETRIES = 3  #: how often a sealed multicast is sealed again for recipients the broker names
 SEEN_LIMIT = 4096  #: message ids remembered beyond those still waiting in the client
 QUEUE_LIMIT = 10_000  #: pushes waiting for the program; then the client stops reading
+MEMBERS_FRESH = 5.0  #: seconds that a list of members serves `resolve`
 KEY_DIGITS = 16  #: how much of a key is shown: enough to address it
 
 #: Close codes, and errors they or hello end with, after which there is no use in trying again (SPEC CLIENT-4).
@@ -706,6 +841,8 @@ class MeshClient:
         self._handed: Push | None = None
         self._arrived, self._room, self._open = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._seen: collections.OrderedDict[str, bool] = collections.OrderedDict()  # message id -> shown
+        self._members: list[Json] = []
+        self._members_at: float | None = None
         self._forget_connection()
 
     @classmethod
@@ -809,7 +946,7 @@ class MeshClient:
         except wire.UsageError as error:
             raise MeshError("malformed", str(error)) from None
         except (OSError, wire.ProtocolError) as error:  # TimeoutError is one of the former
-            raise MeshError("offline", f"{url} cannot be reached: {_reason(error)}") from None
+            raise _unreachable_at(url, error) from None
 
     def _hello_frame(self) -> Json:
         """A hello signed now (SPEC CLIENT-1)."""
@@ -818,6 +955,8 @@ class MeshClient:
         text = wire.hello_text(mesh_id, member_id, self.member_key, now)
         frame = {"type": "hello", "meshId": mesh_id, "memberId": member_id, "pubkey": self.member_key, **self._hello,
                  "timestamp": now, "signature": wire.sign(text, self._member.secret)}
+        if ("status", "") in self._remembered:  # CLIENT-6: nothing must come that this status keeps away
+            frame["status"] = self._remembered["status", ""]["status"]
         if self._session is not None:
             proof = wire.session_text(mesh_id, self.member_key, self._session.public, now)
             frame["sessionPubkey"] = self._session.public
@@ -854,7 +993,7 @@ class MeshClient:
             return self._refusal
         code, reason = self._connection.ws.close_code, self._connection.ws.close_reason
         if code in FINAL_CLOSES:
-            return MeshError(*FINAL_CLOSES[code])
+            return _advised(MeshError(*FINAL_CLOSES[code]), self.slug)
         if code == 1008 and self.state != "open" and _CODE.fullmatch(reason):
             return MeshError(reason, f"the broker refused this client: {reason}")
         if code == 1009:
@@ -973,7 +1112,7 @@ class MeshClient:
         if call is not None:  # CLIENT-7: exactly the one who caused it
             _fail(call.future, problem)
         elif self.state != "open" and not (frame.get("_reqId") or frame.get("id")):
-            self._refusal = problem
+            self._refusal = _advised(problem, self.slug)
 
     def _pushed(self, frame: Json) -> None:
         wire.check(frame, "broker")
@@ -1145,8 +1284,9 @@ class MeshClient:
         if self.state != "open":
             if self.state == "closed":
                 raise self._why_closed()
-            later = "; it takes effect once connected again" if undo is not None else ""
-            raise MeshError("offline", f"not connected to {self.slug}{later}")
+            later = "this takes effect once connected again" if undo is not None else ""
+            raise MeshError("offline", f"not connected to {self.slug}, which is tried again by itself; "
+                                       f"{later or 'nothing was done: repeat this in a moment'}")
         try:
             limit = timeout or REQUEST_TIMEOUTS.get(type, REQUEST_TIMEOUT)
             return await self._exchange(dict(frame), self._loop.time() + limit)
@@ -1195,9 +1335,17 @@ class MeshClient:
         call = _Call(frame, self._loop.create_future(), repeat)
         timer = self._loop.call_at(deadline, self._expire, call)
         try:
-            self._write_call(call)
-            if self._connection.buffered > wire.MAX_MESSAGE_BYTES:
-                await self._connection.drain()
+            if self.state == "open":
+                self._write_call(call)
+            elif self.state == "closed":
+                raise self._why_closed()
+            else:
+                self._repeats.append(call)  # it ended since the caller looked: CLIENT-9
+            if self.state == "open" and self._connection.buffered > wire.MAX_MESSAGE_BYTES:
+                try:
+                    await self._connection.drain()
+                except OSError:
+                    pass  # it ended meanwhile, which decides what becomes of the call
             return await call.future
         finally:
             timer.cancel()
@@ -1211,7 +1359,9 @@ class MeshClient:
         text = wire.encode(call.frame)
         if len(text) > wire.MAX_MESSAGE_BYTES // 4 and len(text.encode()) > wire.MAX_MESSAGE_BYTES:
             # the broker would close the connection, and again each time it is repeated
-            _fail(call.future, MeshError("too_large", f"{call.frame['type']} is larger than a message may be"))
+            what = "the message" if call.frame["type"] == "send" else call.frame["type"]
+            size, most = len(text.encode()), wire.MAX_MESSAGE_BYTES
+            _fail(call.future, MeshError("too_large", f"{what} is {size} bytes on the wire, at most {most} may be"))
             return
         self._calls[call.token] = call
         self._connection.send(text)
@@ -1299,26 +1449,51 @@ class MeshClient:
         """The one peer meant by `name`; its `pubkey` is what to send to (SPEC CLIENT-11).
 
         In this order: the same name ignoring case, a part of just one name, the beginning (8 digits or
-        more) of a key, which for a member's key stands for all its sessions. This session is never
-        meant; a whole key is taken as it is, listed or not. Raises `NameProblem`, `MeshError`.
+        more) of a key, which for a member's key stands for all its sessions. Members who are away count
+        as well. This session is never meant; a whole key is taken as it is, listed or not. Raises
+        `NameProblem`, `MeshError`.
         """
-        others = [peer for peer in await self.peers() if peer["pubkey"] != self.key]
+        listed, members = await asyncio.gather(self.peers(), self.members())
+        others = [peer for peer in listed if peer["pubkey"] != self.key]
         wanted = name.casefold()
         for fits in (lambda peer: peer["displayName"].casefold() == wanted,
                      lambda peer: wanted != "" and wanted in peer["displayName"].casefold()):
             found = [peer for peer in others if fits(peer)]
+            met = {peer.get("memberPubkey") for peer in found}
+            found += [member for member in members if fits(member) and member["pubkey"] not in met]
             if found:
                 return self._only(found, name)
-        found = _by_key(others, name.lower())
+        found = _by_key(others + members, name.lower())
         if not found and wire.hex_key(name):
-            return {"pubkey": name.lower(), "displayName": name[:8].lower()}
-        return self._only(found, name, others)
+            return {"pubkey": name.lower(), "displayName": name.lower()}
+        here = {peer.get("memberPubkey") for peer in listed}
+        return self._only(found, name, others, [member for member in members if member["pubkey"] not in here])
 
-    def _only(self, found: list[Json], name: str, others: Iterable[Json] = ()) -> Json:
-        candidates = [{"name": peer["displayName"], "key": peer["pubkey"], "mesh": self.slug,
-                       "status": peer.get("status")} for peer in found or others]
-        there = ", ".join(c["name"] for c in candidates) or "nobody else"
-        return _the_one(found, name, "peer", candidates, f"no peer called {name!r} in {self.slug}; there: {there}")
+    def _only(self, found: list[Json], name: str, others: Iterable[Json] = (), away: Iterable[Json] = ()) -> Json:
+        there, gone = ([{"name": peer["displayName"], "key": peer["pubkey"], "mesh": self.slug,
+                         "status": peer.get("status")} for peer in people] for people in (found or others, away))
+        here, absent = (", ".join(candidate["name"] for candidate in people) for people in (there, gone))
+        nobody = f"no peer called {name!r} in {self.slug}; there: {here or 'nobody else'}"
+        nobody += f"; away: {absent}" if absent else ""
+        return _the_one(found, name, "peer", there + gone, nobody)
+
+    async def members(self) -> list[Json]:
+        """The other members as `resolve` needs them, asked at most every `MEMBERS_FRESH` seconds; none of a
+        broker that does not tell."""
+        now = self._loop.time()
+        if self._members_at is None or now >= self._members_at + MEMBERS_FRESH:
+            try:
+                path = f"/mesh/{_path_part(self._membership['meshId'])}/members"
+                answer = await asyncio.to_thread(http_call, wire.http_base(self._membership["brokerUrl"]), "GET", path,
+                                                 sign=self._member, timeout=REQUEST_TIMEOUT)
+                rows = _checked(answer.get("members"), pubkey=str, displayName=str, online=bool)
+            except (MeshError, wire.UsageError):
+                rows = []
+            self._members, self._members_at = [
+                {"pubkey": row["pubkey"], "displayName": row["displayName"], "memberPubkey": row["pubkey"],
+                 "status": "online" if row["online"] else "away"} for row in rows
+                if self.quiet or row["pubkey"] != self.member_key], now
+        return self._members
 
     # ---- what other peers see of this one: remembered and set again after a reconnect
 
@@ -1534,6 +1709,7 @@ def _clock_text(args: Json, reply: Json) -> str:
 
 STORED_KEYS = {"text", "mesh_id", "stored_by", "stored_at"}  # what the broker itself puts into metadata
 SQL_ARGUMENT = "SQL in the dialect of SQLite"
+MAX_VALUE = 500  #: characters of a value where many are listed
 MESH_ARGUMENT = _text("Slug or id of the mesh; needed only where several are joined.")
 PRIORITIES = ("now", "next", "low")
 
@@ -1588,7 +1764,7 @@ TOOLS = (
     Tool("get_state", "Read one shared key of the mesh.", {"key!": _text("The key.")},
          READ, "get_state", _state_line),
     Tool("list_state", "Read all shared keys of the mesh.", {},
-         READ, "list_state", ("entries", "- {key!r} = {value!r} (set by {updatedBy}, {updatedAt}, version {version})",
+         READ, "list_state", ("entries", "- {key!r} = {value:cut} (set by {updatedBy}, {updatedAt}, version {version})",
                               "No shared key is set.")),
     Tool("remember", "Keep a piece of knowledge for the whole mesh, for good.",
          {"content!": _text("The text."), "tags": _texts("Words it can be found by.")},
@@ -1786,7 +1962,8 @@ def _json(value: object) -> str:
 
 class Field:
     """A reply, or a part of it, as `str.format_map` sees it: `{x}` in words on one line, cut when very long;
-    `{x:all}` whole, its further lines indented; `{x!r}` as JSON; absent is "none"."""
+    `{x:all}` whole, its further lines indented; `{x!r}` as JSON, `{x:cut}` only its beginning (MCP-33); absent
+    is "none"."""
     __slots__ = ("value",)
 
     def __init__(self, value: object) -> None:
@@ -1799,6 +1976,9 @@ class Field:
         return _json(self.value)
 
     def __format__(self, spec: str) -> str:
+        if spec == "cut":
+            more = len(text := _json(self.value)) - MAX_VALUE
+            return text if more <= 0 else f"{text[:MAX_VALUE]}… ({more} more characters: get_state shows all)"
         return words(self.value, whole=True).replace("\n", "\n  ") if spec == "all" else str(self)
 
     def __getitem__(self, key: str) -> Field:
@@ -1852,14 +2032,15 @@ WHEREABOUTS = {  # by the state that is least far (MCP-32)
     "expired": "For {n} of {all} it expired before it could be delivered.",
     "shown": "It was read by {n} of {all}.",
 }
+BUSY = "{} of them busy (working or dnd): it waits at the broker until they are idle, priority now gets through"
 NO_MESH = "No mesh is joined. Run `claudemesh join <invite link>` in a terminal, then call this tool again."
 
 
 class Identity:
     """Who this session is, read from configuration and environment before anything heavy is loaded."""
 
-    def __init__(self, config: Json, env: Mapping[str, str]) -> None:
-        self.env = env
+    def __init__(self, config: Json, env: Mapping[str, str], trouble: str | None = None) -> None:
+        self.env, self.trouble = env, trouble  # what is wrong with the configuration at the start, if anything
         self.follow(config)
         # MCP-11: only a session that can be resumed has keys that are kept under its id.
         self.session_id = env.get("CLAUDEMESH_SESSION_ID") or env.get("CLAUDE_CODE_SESSION_ID")
@@ -1908,7 +2089,8 @@ def instructions(identity: Identity) -> str:
     slugs = ", ".join(str(entry.get("slug")) for entry in identity.config.get("meshes", ()))
     return INSTRUCTIONS.format(
         name=label(identity.name, 48), role=f" ({label(identity.role, 32)})" if identity.role else "",
-        meshes=label(slugs, 80) or "no mesh yet (claudemesh join)", mode=identity.mode, meaning=MODES[identity.mode])
+        meshes=label(slugs, 80) or ("unknown, the configuration cannot be read" if identity.trouble else
+                                    "no mesh yet (claudemesh join)"), mode=identity.mode, meaning=MODES[identity.mode])
 
 
 def _read_config() -> tuple[Json | None, str | None]:
@@ -1989,6 +2171,10 @@ class Unread:
         self.entries = [entry for entry in self.entries if entry not in taken]
         return taken, len(waiting) - len(taken)
 
+    def forget(self, link: Link) -> None:
+        """What came by that link: the broker pushes it again to the session's next connection."""
+        self.entries = [entry for entry in self.entries if entry.link is not link]
+
 
 class Session:
     """What one AI session is on its meshes: connections, tools, notifications.
@@ -2020,6 +2206,8 @@ class Session:
             entry = wanted.get(mesh_id, {})
             if any(entry.get(name) != link.membership[name] for name in _MEMBERSHIP):
                 del self.links[mesh_id]
+                if entry and self.identity.session_id:  # MCP-12: else its key, and what was sent to that, is gone
+                    self.unread.forget(link)
                 parting = asyncio.ensure_future(self._unlink(link))
                 self.partings.add(parting)  # or the loop may forget it half done
                 parting.add_done_callback(self.partings.discard)
@@ -2147,10 +2335,12 @@ class Session:
             if isinstance(address, BaseException):
                 raise address
             link, spec = address
-            ack = await link.client.send(spec, args["message"], args.get("priority", "next"))
+            priority = args.get("priority", "next")
+            ack = await link.client.send(spec, args["message"], priority)
+            busy = await withheld(link.client, ack, priority)
         except Exception as error:
             return False, f"FAILED {label(target)}: {explain(error)}"
-        return True, sent_line(label(target), link.slug, ack)
+        return True, sent_line(label(target), link.slug, ack, busy)
 
     async def address(self, target: str, args: Json) -> tuple[Link, str]:
         """The mesh and the wire target that `target` means (MCP-31). Raises `MeshError`, never guesses."""
@@ -2169,6 +2359,7 @@ class Session:
     async def _resolve(self, links: list[Link], name: str) -> tuple[Link, str]:
         found: list[tuple[Link, str, str]] = []  # (mesh, name, key)
         silent: list[str] = []
+        failures: list[Exception] = []
 
         async def ask(link: Link) -> None:
             try:
@@ -2179,8 +2370,11 @@ class Session:
                 if problem.code == "ambiguous_name":
                     found.extend((link, peer["name"], peer["key"]) for peer in problem.candidates)
             except Exception as error:
+                failures.append(error)
                 silent.append(f"{link.slug} could not be asked: {explain(error)}.")
         await asyncio.gather(*map(ask, links))
+        if len(failures) == len(links):  # MCP-31: nobody was asked, so nobody can be said to be unknown
+            raise failures[0]
         # A whole name in one mesh beats a part of one in another.
         found = [hit for hit in found if hit[1].casefold() == name.casefold()] or found
         if len(found) == 1:
@@ -2230,8 +2424,11 @@ class Session:
 
     async def mesh_stats(self, tool: Tool, args: Json) -> Outcome:
         async def ask(client: MeshClient) -> str:
+            peers = await client.peers()
+            if not any(peer.get("stats") for peer in peers):
+                return "No peer has reported counters yet; sessions do once a minute."
             head = "| peer | in | out | tool calls | minutes | errors |\n| --- | --- | --- | --- | --- | --- |\n"
-            return head + "\n".join(map(stats_row, await client.peers()))
+            return head + "\n".join(map(stats_row, peers))
         return await self.report(tool, args, ask)
 
     async def message_status(self, tool: Tool, args: Json) -> Outcome:
@@ -2387,13 +2584,26 @@ def explain(error: BaseException) -> str:
     return f"This is a defect of claudemesh: {type(error).__name__} (internal)"
 
 
-def sent_line(target: str, slug: str, ack: Json) -> str:
+async def withheld(client: MeshClient, ack: Json, priority: str) -> int:
+    """How many recipients who are online get an accepted message only once they are idle (MCP-30)."""
+    counts = ack.get("recipients") or {}
+    if priority == "now" or not counts.get("online"):
+        return 0
+    try:
+        status = await client.request("message_status", messageId=ack["messageId"])
+    except MeshError:
+        return 0  # it is sent all the same
+    return max(0, sum(row.get("state") == "queued" for row in status.get("recipients", ())) - counts["held"])
+
+
+def sent_line(target: str, slug: str, ack: Json, busy: int = 0) -> str:
     """One line of send_message: outcome, target, id, who gets it, and whether the body was readable (MCP-30)."""
     gets = ack.get("recipients") or {}
     outcome = "held" if gets.get("held") and not gets.get("online") else "sent"
     who = f"{gets['online']} online, {gets['held']} held" if gets else "not told by this broker"
+    waits = f"; {BUSY.format(busy)}" if busy else ""
     clear = "" if ack["encrypted"] else "; not encrypted: the broker can read it"
-    return f"{outcome} {target}: id {ack['messageId']} on {slug}, recipients: {who}{clear}"
+    return f"{outcome} {target}: id {ack['messageId']} on {slug}, recipients: {who}{waits}{clear}"
 
 
 def scheduled_line(entry: Json, client: MeshClient) -> str:
@@ -2468,6 +2678,9 @@ EVENTS = {  # by event of a system push; the fields are those of `event_fields`
     "peer_joined": '[system] "{name}" joined',
     "peer_returned": '[system] welcome back, "{name}": last seen {seen}',
     "peer_left": '[system] "{name}" left',
+    "peer_hidden": '[system] "{name}" is hidden now: direct messages still arrive',
+    "peer_visible": '[system] "{name}" can be seen again',
+    "profile_updated": '[system] "{name}" has a new profile',
     "mcp_registered": '[system] "{serverName}" registered by {hostedBy}; tools: {tools}; call them with mesh_tool_call',
     "mcp_unregistered": '[system] "{serverName}" removed, was hosted by {hostedBy}',
     "mcp_restored": '[system] "{serverName}" is back online, hosted by {hostedBy}',
@@ -2477,9 +2690,10 @@ EVENTS = {  # by event of a system push; the fields are those of `event_fields`
     "mcp_scope_changed": '[SERVICE] "{name}" is now for {scope!r}, changed by {by}',
 }
 
-#: Controls, line separators, marks and changes of writing direction, half characters: what a model does not
-#: need, and a terminal would obey instead of showing.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+#: Controls, line separators, marks and changes of writing direction, characters without width, tags, half
+#: characters: what a model does not need, a person does not see, and a terminal would obey instead of showing.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff"
+                      "\ud800-\udfff\U000e0000-\U000e007f]")
 TAGS = re.compile(r"<(?=\s*/?\s*(?:channel|system-reminder)\b)", re.IGNORECASE)
 
 
@@ -2983,13 +3197,11 @@ METHODS = {
 
 def take_stdio() -> tuple[int, int]:
     """Moves stdin and stdout away (MCP-3): a stray `print` or a child process must not break the wire."""
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # one of 0, 1, 2 was closed, and would be taken by what is opened next
     source, sink = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    try:
-        os.dup2(2, 1)
-    except OSError:  # no stderr
-        os.dup2(null, 1)
+    os.dup2(2, 1)
     os.close(null)
     for fd in (source, sink):
         os.set_blocking(fd, True)
@@ -3007,11 +3219,13 @@ def log(text: str) -> None:
 def run_mcp(args: object = None) -> int:
     """`claudemesh mcp`: the MCP server of one AI session on stdin and stdout. Does not return before the
     host is gone; nothing heavy is imported before `initialize` is answered."""
+    if os.isatty(0):
+        log("waits for an MCP host on standard input, such as Claude Code; Ctrl-C ends it")  # MCP-3
     source, sink = take_stdio()
     config, trouble = _read_config()
     if trouble:
         log(trouble)
-    return StdioServer(source, sink, Identity(config or {"meshes": []}, os.environ)).run()
+    return StdioServer(source, sink, Identity(config or {"meshes": []}, os.environ, trouble)).run()
 
 
 # --- 10. Commands ---------------------------------------------------------------------------------
@@ -3024,12 +3238,14 @@ EXITS = {  # CLI-1
     EXIT_DONE: "done",
     EXIT_REFUSED: "the other side refused or could not be reached, or a message was not delivered",
     EXIT_USAGE: "called wrongly: bad arguments, no mesh, an ambiguous name, an unreadable configuration",
-    EXIT_INTERRUPTED: "interrupted (Ctrl-C)",
+    EXIT_INTERRUPTED: "interrupted (Ctrl-C); broker and mcp end with 0",
 }
 LOCAL_SLUG, LOCAL_PORT = "local", 7900  #: the mesh and the broker's port of a plain `claudemesh up`
 LOCAL_URL = "ws://127.0.0.1:{}/ws"  #: of a broker on this machine, by its port
 LOCAL_BROKER = LOCAL_URL.format(LOCAL_PORT)
-NEXT_STEP = "claude mcp add --scope user claudemesh -- claudemesh mcp   # connects Claude Code"
+NEXT_STEP = "claude mcp add --scope user claudemesh -- {} mcp   # connects Claude Code"
+MAX_NAME = 128  #: characters of a member's name
+CELL = 60  #: characters of a value in a table
 STATUS_LIMIT_S = 4.0  #: `status`: how long one mesh may take to answer
 HEALTH_LIMIT_S = 2.0  #: how long a broker on this machine may take to answer /health
 BROKER_START_S = 15.0  #: `up`: how long a new broker may take until it answers
@@ -3095,6 +3311,16 @@ def _local_time(when: str | int | None) -> str:
         return _shown(when)
 
 
+def _command() -> str:
+    """What a shell has to be given to run this program: its name if PATH leads here, else where it is (CLI-10)."""
+    import shlex
+    import shutil
+    beside, found = Path(sys.executable).with_name("claudemesh"), shutil.which("claudemesh")
+    if not beside.exists():
+        return shlex.join([sys.executable, os.path.abspath(__file__)])
+    return "claudemesh" if found and os.path.samefile(found, beside) else shlex.quote(str(beside))
+
+
 def _membership(args: argparse.Namespace) -> Json:
     """The mesh meant by `--mesh`, or the only one. Raises `UsageError` (CLI-3)."""
     return find_mesh(load_config(), args.mesh, "choose one with --mesh")
@@ -3107,9 +3333,17 @@ def _quiet(args: argparse.Namespace, **options: Any) -> MeshClient:
 
 def _member_name(args: argparse.Namespace) -> str:
     """What this machine's member is to be called: `--name`, else what is configured, else the host's name."""
-    if args.name is not None and not args.name.strip():
-        raise _usage("--name is empty")
-    return args.name or display_name(load_config(), socket.gethostname())
+    name = display_name(load_config(), socket.gethostname()) if args.name is None else args.name
+    what = "the configured name" if args.name is None else "--name"
+    fault = ("is empty" if not name.strip() else
+             f": at most {MAX_NAME} characters" if len(name) > MAX_NAME else
+             " begins with @, * or #, or has a colon or a control character" if _NO_NAME.search(name) else None)
+    if fault is not None:  # CLI-18: it could not be told from another kind of target
+        raise _usage(f"{what}{'' if fault[0] in ': ' else ' '}{fault}")
+    return name
+
+
+_NO_NAME = re.compile("^[@*#]|[:\n\t]|" + CONTROLS.pattern)
 
 
 def _keep_name(args: argparse.Namespace) -> None:
@@ -3132,15 +3366,16 @@ def _typed(pattern: str, most: float, what: str, convert: Callable[[str], float]
     """The type of an argument that matches `pattern` and is at most `most` once converted."""
     def read(text: str) -> float:
         if not re.fullmatch(pattern, text, re.ASCII) or convert(text) > most:
-            raise _usage(f"not {what}: {_shown(text)}")
+            import argparse
+            raise argparse.ArgumentTypeError(f"not {what}: {_shown(text)}")  # which names the option
         return convert(text)
     return read
 
 
-_port = _typed(r"[1-9]\d{0,4}", 65535, "a port")
+_port = _typed(r"[1-9]\d{0,4}", 65535, "a port (1 to 65535)")
 _version = _typed(r"\d{1,15}", 10**15, "a version")
-_uses = _typed(r"[1-9]\d{0,5}", 100_000, "a number of uses")
-_seconds = _typed(r"\d{1,9}(\.\d{1,9})?", 1e6, "a number of seconds", float)
+_uses = _typed(r"[1-9]\d{0,5}", 100_000, "a number of uses (1 to 100000)")
+_seconds = _typed(r"\d{1,9}(\.\d{1,9})?", 1e6, "a number of seconds (0 to 1000000)", float)
 _delay = _typed(r"\d{1,9}(\.\d{1,6})?\s*(s|sec|m|min|h|hr|d|day|w)?", 100 * 365 * 86400,
                 "a time from now (90, 90s, 1.5h, 2d; at most a hundred years)",
                 lambda text: float(re.match(r"[\d.]+", text)[0]) * UNITS[(text.lstrip("0123456789. ") or "s")[0]])
@@ -3168,21 +3403,38 @@ def _moment(text: str) -> int:
 
 def _do_up(args: argparse.Namespace) -> None:
     """A broker, a mesh and a membership on this machine; what exists already is left as it is (CLI-10)."""
-    url, data, slug = LOCAL_URL.format(args.port), _data_directory(args), require_slug(args.slug)
+    slug, data = require_slug(args.slug), _data_directory(args)
     entry = next((mesh for mesh in load_config()["meshes"] if mesh["slug"] == slug), None)
-    if entry is not None and entry["brokerUrl"] != url:
-        raise _usage(f"{slug} is a mesh on {entry['brokerUrl']}; choose another name: claudemesh up NAME")
-    private_directory(config_dir())
-    pid = _ensure_broker(url, args.port, data)
-    print(f"broker  {url}  {f'started (process {pid}), data in {data}' if pid else 'already running'}")
-    how = "already joined"
+    known = (entry or _owner(slug, None, unfinished=True) or {}).get("brokerUrl")
+    port = args.port or _port_of(known) or _port_of(_noted_broker(data)[2]) or LOCAL_PORT
+    url, name = LOCAL_URL.format(port), _member_name(args)
+    if entry is not None and known != url:
+        command = "claudemesh up" if slug == LOCAL_SLUG else f"claudemesh up {slug}"
+        again = f"{command} without --port, or " if _port_of(known) else ""
+        raise _usage(f"{slug} is a mesh on {known}: {again}another name: claudemesh up NAME")
+    pid = _ensure_broker(url, port, data)
+    print(f"broker  {url}  {f'started (process {pid}), data in {data}' if pid else 'already running'}", flush=True)
     if entry is None:
-        entry, how = _enter(slug, url, args)
+        entry, how = create_mesh(slug, slug, url, display_name=name), f"joined as {_shown(name)}"
+    else:
+        how = _already(args, "already joined")
+    _keep_name(args)
     reason = asyncio.run(_unreachable(entry))
     if reason:
         raise MeshError("offline", f"{slug}: {reason}")
     print(f"mesh    {slug}  {how}")
-    print(f"next    {NEXT_STEP}")
+    print(f"next    {NEXT_STEP.format(_command())}")
+
+
+def _port_of(url: str | None) -> int | None:
+    """The port in the address of a broker that `up` could have started."""
+    match = re.fullmatch(re.escape(LOCAL_URL).replace(r"\{\}", r"(\d+)"), url or "")
+    return int(match[1]) if match else None
+
+
+def _already(args: argparse.Namespace, how: str) -> str:
+    """How a membership that was there already is told; CLI-18: a name given now is for the sessions."""
+    return f"{how}; new sessions are called {_shown(args.name)}, the member keeps its name" if args.name else how
 
 
 def _data_directory(args: argparse.Namespace) -> Path:
@@ -3201,11 +3453,11 @@ def _ensure_broker(url: str, port: int, data: Path) -> int | None:
 
     Raises `UsageError` if the data are in use elsewhere, `MeshError` if it does not start.
     """
+    if _taken(port) and not _healthy(url):  # before anything is written
+        raise MeshError("offline", f"port {port} is taken, and not by a claudemesh broker: choose another --port")
     with _Lock(data / "broker.lock"):  # two `up` at once start one broker
         if _healthy(url):
             return None
-        if _taken(port):
-            raise MeshError("offline", f"port {port} is taken, and not by a claudemesh broker: choose another --port")
         pid, _, elsewhere = _noted_broker(data)
         if pid is not None:
             raise _usage(f"a broker with these data runs on {_shown(elsewhere)}: claudemesh down, or another --data")
@@ -3214,12 +3466,15 @@ def _ensure_broker(url: str, port: int, data: Path) -> int | None:
             "pid": child.pid, "url": url, "startedAt": wire.iso(int(time.time() * 1000)),
             "process": _process(child.pid)})
         deadline = time.monotonic() + BROKER_START_S
-        while not _healthy(url):
-            if child.poll() is not None or time.monotonic() > deadline:
-                child.kill()
-                (data / "broker.json").unlink(missing_ok=True)
-                raise MeshError("offline", f"the broker did not start: {_last_line(data / 'broker.log')}")
-            time.sleep(POLL_S)
+        try:
+            while not _healthy(url):
+                if child.poll() is not None or time.monotonic() > deadline:
+                    raise MeshError("offline", f"the broker did not start: {_last_line(data / 'broker.log')}")
+                time.sleep(POLL_S)
+        except BaseException:  # CLI-11: Ctrl-C too leaves no broker that nobody was told of
+            child.kill()
+            (data / "broker.json").unlink(missing_ok=True)
+            raise
     return child.pid
 
 
@@ -3273,17 +3528,6 @@ def _last_line(path: Path) -> str:
     return _shown(next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing"))
 
 
-def _enter(slug: str, url: str, args: argparse.Namespace) -> tuple[Json, str]:
-    """A membership of this machine in a mesh on its own broker, and how it came about."""
-    name = _member_name(args)
-    if owner_file(slug).exists():  # made here, then left: its owner can always come back
-        entry = join_mesh(make_invite(slug, role="admin", expires_s=SELF_INVITE_SECONDS), name)
-    else:
-        entry = create_mesh(slug, slug, url, display_name=name)
-    _keep_name(args)
-    return entry, f"joined as {_shown(name)}"
-
-
 def _noted_broker(data: Path) -> tuple[int | None, str, str]:
     """Process id, process and address of the broker that `up` started with these data, if it still runs."""
     record = _read_json(data / "broker.json")
@@ -3311,7 +3555,10 @@ def _end_process(pid: int, process: str) -> bool:
     for signum, limit in ((signal.SIGTERM, BROKER_STOP_S), (signal.SIGKILL, 2.0)):
         deadline = time.monotonic() + limit
         if _process(pid) == process:
-            os.kill(pid, signum)
+            try:
+                os.kill(pid, signum)
+            except ProcessLookupError:
+                pass  # it ended since
         while _process(pid) == process and time.monotonic() < deadline:
             time.sleep(POLL_S)
         if _process(pid) != process:
@@ -3336,7 +3583,7 @@ def _do_create(args: argparse.Namespace) -> None:
         return _print_json({**_without(entry, "secretKey"), "ownerFile": str(owner_file(args.slug))})
     print(f"created {args.slug} on {entry['brokerUrl']}; this machine is its admin")
     print(f"the owner's keys are in {owner_file(args.slug)}: keep a copy, there is no other")
-    print(f"next: claudemesh invite --mesh {args.slug}")
+    print(f"next: {_command()} invite --mesh {args.slug}")
 
 
 def _do_join(args: argparse.Namespace) -> None:
@@ -3344,9 +3591,10 @@ def _do_join(args: argparse.Namespace) -> None:
     _keep_name(args)
     if args.json:
         return _print_json(_without(entry, "secretKey"))
-    print(f"{'already a member of' if entry['alreadyMember'] else 'joined'} {entry['slug']} on {entry['brokerUrl']}")
+    where = f"{entry['slug']} on {entry['brokerUrl']}"
+    print(_already(args, f"already a member of {where}") if entry["alreadyMember"] else f"joined {where}")
     print(f"member {entry['memberId']}, key {entry['pubkey'][:KEY_DIGITS]}, kept in {config_dir() / 'config.json'}")
-    print(f"next: {NEXT_STEP}")
+    print(f"next: {NEXT_STEP.format(_command())}")
 
 
 def _do_leave(args: argparse.Namespace) -> None:
@@ -3369,9 +3617,9 @@ def _do_list(args: argparse.Namespace) -> None:
 def _do_invite(args: argparse.Namespace) -> None:
     """A link for somebody else, alone on stdout so that it can be piped."""
     entry = _membership(args)
-    link = make_invite(entry["slug"], role=args.role, expires_s=args.expires, max_uses=args.uses)
+    link, id = _new_invite(entry["slug"], args.role, args.expires, args.uses)
     if args.json:
-        return _print_json({"link": link, "mesh": entry["slug"], "role": args.role, "uses": args.uses,
+        return _print_json({"id": id, "link": link, "mesh": entry["slug"], "role": args.role, "uses": args.uses,
                             "expiresAt": wire.iso(int((time.time() + args.expires) * 1000))})
     print(link)
     if sys.stdout.isatty() and re.match(r"wss?://(127\.|localhost\b|\[::1\])", entry["brokerUrl"]):
@@ -3381,6 +3629,10 @@ def _do_invite(args: argparse.Namespace) -> None:
 def _do_invite_list(args: argparse.Namespace) -> None:
     invites = _checked(list_invites(_membership(args)["slug"]),
                        id=str, role=str, usedCount=int, maxUses=int, expiresAt=int)
+    if args.json:  # CLI-18: times as everywhere else, not the broker's milliseconds
+        times = ("expiresAt", "createdAt", "revokedAt")
+        return _print_json([{**invite, **{name: wire.iso(invite[name]) for name in times
+                                          if type(invite.get(name)) is int}} for invite in invites])
     _print_table(args, invites, {
         "ID": "id", "ROLE": "role", "USES": lambda invite: f"{invite['usedCount']}/{invite['maxUses']}",
         "STATE": _invite_state, "EXPIRES": lambda invite: _local_time(invite["expiresAt"])})
@@ -3396,7 +3648,7 @@ def _invite_state(invite: Json) -> str:
 
 def _do_invite_revoke(args: argparse.Namespace) -> None:
     revoke_invite(_membership(args)["slug"], args.id)
-    print(f"invite {args.id} admits nobody any more")
+    print(f"invite {args.id if len(args.id) <= 60 else f'{args.id[:24]}...'} admits nobody any more")
 
 
 def _members(slug: str) -> list[Json]:
@@ -3467,18 +3719,27 @@ async def _do_send(args: argparse.Namespace) -> int:
     text = _stdin_text() if args.message == "-" else args.message
     if not text:
         raise _usage("the message is empty")
+    status: list[Json] = []
+    problem: MeshError | None = None
     async with _quiet(args) as client:
         target, name = await _recipient(client, args.to)
         ack = await client.send(target, text, args.priority)
-        status = await _follow(client, ack["messageId"], args.wait) if args.wait is not None else []
+        busy = await withheld(client, ack, args.priority)
+        if args.wait is not None:
+            try:
+                status = await _follow(client, ack["messageId"], args.wait)
+            except MeshError as error:
+                problem = error  # the message is sent, and that is said first
     if args.json:
         _print_json({"messageId": ack["messageId"], "mesh": client.slug, "to": name, "target": target,
-                     "recipients": ack.get("recipients"), "encrypted": ack["encrypted"],
+                     "recipients": ack.get("recipients"), "busy": busy, "encrypted": ack["encrypted"],
                      **({"status": status} if args.wait is not None else {})})
     else:
-        print(_sent(name, ack))
+        print(_sent(target, name, ack, busy))
         _print_rows((row["name"], row["pubkey"][:KEY_DIGITS], row["state"], _local_time(row.get("at")))
                     for row in status)
+    if problem is not None:
+        raise problem
     return EXIT_DONE if all(row["state"] in ("delivered", "shown") for row in status) else EXIT_REFUSED
 
 
@@ -3486,34 +3747,30 @@ def _stdin_text() -> str:
     """The message on stdin, without its last line break. Raises `UsageError`."""
     if sys.stdin is None:
         raise _usage("there is no standard input to read the message from")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # the event loop would only note Ctrl-C
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise _usage(f"standard input is not UTF-8 at byte {error.start}") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 async def _recipient(client: MeshClient, to: str) -> tuple[str, str]:
-    """What to send to, and its name: a group, everybody, a peer who is there, else a member who is away."""
+    """What to send to, and its name: a group, everybody, or the one peer or member who is meant."""
     if to == "*" or to.startswith("@"):
         return to, to
-    try:
-        peer = await client.resolve(to)
-    except NameProblem as problem:
-        if problem.code != "unknown_name":
-            raise
-        try:
-            peer = _one_member(await asyncio.to_thread(_members, client.slug), to, client.slug)
-        except MeshError as absent:
-            raise (absent if absent.code == "ambiguous_name" else problem) from None
+    peer = await client.resolve(to)
     return peer["pubkey"], peer["displayName"]
 
 
-def _sent(name: str, ack: Json) -> str:
+def _sent(target: str, name: str, ack: Json, busy: int) -> str:
     counts = ack.get("recipients") or {"online": 1, "held": 0}
-    where = [f"{counts['online']} online" if counts["online"] else "",
+    where = [f"{counts['online']} online" if counts["online"] else "", BUSY.format(busy) if busy else "",
              f"held for {counts['held']} who {'is' if counts['held'] == 1 else 'are'} away" if counts["held"] else ""]
     secrecy = "encrypted" if ack["encrypted"] else "not encrypted: the broker can read it"
-    return f"sent to {_shown(name)}: {', '.join(filter(None, where))}; {secrecy}; message {ack['messageId']}"
+    key = f" ({target[:KEY_DIGITS]})" if name not in ("*", target) else ""
+    return f"sent to {_shown(name)}{key}: {', '.join(filter(None, where))}; {secrecy}; message {ack['messageId']}"
 
 
 async def _follow(client: MeshClient, message_id: str, wait: float) -> list[Json]:
@@ -3529,24 +3786,52 @@ async def _follow(client: MeshClient, message_id: str, wait: float) -> list[Json
 
 
 async def _do_inbox(args: argparse.Namespace) -> None:
-    """Print what waits for the member; what was printed, and nothing else, is reported as shown (CLI-9)."""
-    async with _quiet(args, inbox=True, auto_shown=False) as client:
+    """Print what waits for the member in the mesh named, else in all; what was printed, and nothing else, is
+    reported as shown (CLI-9)."""
+    meshes = load_config()["meshes"]
+    entries = [_membership(args)] if args.mesh or not meshes else meshes
+    args.several = len(entries) > 1
+    clients = [MeshClient(entry, quiet=True, inbox=True, auto_shown=False) for entry in entries]
+    problems = [error for error in await asyncio.gather(*map(_open_inbox, clients)) if error is not None]
+    try:
+        there = [client for client in clients if client.state == "open"]
+        printed = [await _print_mail(client, await _waiting_mail(client), args) for client in there]
+        if not any(printed) and args.wait and there:
+            for client, mail in await _first_mail(there, args.wait):
+                printed.append(await _print_mail(client, mail, args))
+    finally:
+        await asyncio.gather(*(client.close() for client in clients))
+    if there and not any(printed) and not args.json:
+        print(f"nothing is waiting on {', '.join(client.slug for client in there)}")
+    if problems:
+        raise problems[0]
+
+
+async def _open_inbox(client: MeshClient) -> MeshError | None:
+    """Connect; why it is not possible to read what waits there, if so: the other meshes are read all the same."""
+    try:
+        await client.start()
         if "inbox" not in client.capabilities:
             raise MeshError("not_implemented", "this broker gives one-shot commands no messages")
-        nothing = True
-        mail = await _waiting_mail(client) or await _first_mail(client, args.wait)
-        while mail:
-            nothing = False
-            for push in mail:
-                if args.json:
-                    _print_json(_mail_record(push), indent=None)
-                else:
-                    print(_mail_text(push))
-            sys.stdout.flush()  # CLI-9: if nobody reads it, this raises, and it is not reported
-            client.shown(*mail)
-            mail = await _waiting_mail(client)
-    if nothing and not args.json:
-        print(f"nothing is waiting on {client.slug}")
+    except MeshError as error:
+        await client.close(0)
+        return MeshError(error.code, f"{client.slug}: {error.message}")
+    return None
+
+
+async def _print_mail(client: MeshClient, mail: list[Push], args: argparse.Namespace) -> bool:
+    """Print these and all that follow at once; whether there were any."""
+    any_ = bool(mail)
+    while mail:
+        for push in mail:
+            if args.json:
+                _print_json(_mail_record(push), indent=None)
+            else:
+                print(_mail_text(push, mesh=args.several))
+        sys.stdout.flush()  # CLI-9: if nobody reads it, this raises, and it is not reported
+        client.shown(*mail)
+        mail = await _waiting_mail(client)
+    return any_
 
 
 async def _waiting_mail(client: MeshClient) -> list[Push]:
@@ -3556,16 +3841,21 @@ async def _waiting_mail(client: MeshClient) -> list[Push]:
     return [push for push in client.take() if push.mail]
 
 
-async def _first_mail(client: MeshClient, wait: float) -> list[Push]:
-    """The next message that comes within `wait` seconds, if any."""
+async def _first_mail(clients: list[MeshClient], wait: float) -> list[tuple[MeshClient, list[Push]]]:
+    """The next messages that come within `wait` seconds, if any, by whose they are."""
+    async def next_of(client: MeshClient) -> tuple[MeshClient, list[Push]]:
+        async for push in client:
+            if push.mail:
+                return client, [push]
+        raise client.error or MeshError("offline", "the connection was closed")
+
+    tasks = [asyncio.ensure_future(next_of(client)) for client in clients]
     try:
-        async with asyncio.timeout(wait):
-            async for push in client:
-                if push.mail:
-                    return [push]
-    except TimeoutError:
-        return []
-    raise client.error or MeshError("offline", "the connection was closed")
+        done, _ = await asyncio.wait(tasks, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [task.result() for task in done]
 
 
 def _mail_record(push: Push) -> Json:
@@ -3574,13 +3864,15 @@ def _mail_record(push: Push) -> Json:
             "at": push.created_at, "text": push.text}
 
 
-def _mail_text(push: Push) -> str:
-    """A line about the message, then its text, indented so that it cannot pass for such a line."""
+def _mail_text(push: Push, mesh: bool) -> str:
+    """A line about the message (with its mesh, if wanted), then its text, indented so that it cannot pass for
+    such a line."""
     notes = [ADDRESSED[push.addressed].format(target=_shown(push.target)), push.kind if push.kind != "message" else "",
              _local_time(push.created_at), "now" if push.priority == "now" else "",
              "not encrypted" if push.secured == "plain" else ""]
     text = UNREADABLE if push.text is None else push.text
     head = f"{_shown(push.sender_name or push.event or 'unknown')} ({_shown(push.sender[:KEY_DIGITS])})"
+    head += f" on {push.mesh}" if mesh else ""
     return "\n    ".join(["  ".join([head, *filter(None, notes)]), *_shown(text, lines=True).split("\n")])
 
 
@@ -3623,6 +3915,13 @@ async def _do_remind_cancel(args: argparse.Namespace) -> None:
     print(f"{_shown(args.id)} will not be sent")
 
 
+def _key(text: str) -> str:
+    """The type of a shared key in an argument."""
+    if not text:
+        raise _usage("the key is empty")
+    return text
+
+
 async def _do_state_get(args: argparse.Namespace) -> None:
     async with _quiet(args) as client:
         entry = await client.request("get_state", key=args.key)
@@ -3649,8 +3948,10 @@ async def _do_state_set(args: argparse.Namespace) -> None:
 async def _do_state_list(args: argparse.Namespace) -> None:
     async with _quiet(args) as client:
         entries = (await client.request("list_state"))["entries"]
-    _print_table(args, entries, {"KEY": "key", "VALUE": lambda entry: _json(entry["value"]), "SET BY": "updatedBy",
-                                 "AT": lambda entry: _local_time(entry["updatedAt"])})
+    _print_table(args, entries, {"KEY": "key", "VALUE": lambda entry: one_line(_json(entry["value"]), CELL),
+                                 "SET BY": "updatedBy", "AT": lambda entry: _local_time(entry["updatedAt"])})
+    if not args.json and any(len(_json(entry["value"])) > CELL for entry in entries):
+        print(_paint("a value that ends in … is longer: claudemesh state get KEY shows all of it", DIM))
 
 
 async def _ask(args: argparse.Namespace, request: str, **fields: Any) -> Json:
@@ -3787,7 +4088,7 @@ async def _unreachable(entry: Json) -> str | None:
         async with asyncio.timeout(STATUS_LIMIT_S), MeshClient(entry, quiet=True):
             return None
     except MeshError as error:
-        return error.message.removeprefix(f"{entry['brokerUrl']} ")
+        return re.sub(r"^\S+ (?=cannot be reached: )", "", error.message)  # its address is shown beside it
     except TimeoutError:
         return f"no answer in {STATUS_LIMIT_S:g} s"
 
@@ -4064,7 +4365,7 @@ _JSON = _argument("--json", action="store_true", help="print JSON for a program"
 _NAME = _argument("--name", help="what others call you; kept for later (default: as configured, else the host's name)")
 _DATA = _argument("--data", metavar="DIR", help="the broker's data (default: broker/ in the configuration directory)")
 _SLUG = _argument("slug", metavar="SLUG", help="the mesh")
-_KEY = _argument("key", metavar="KEY")
+_KEY = _argument("key", metavar="KEY", type=_key, help="the key")
 _ID = _argument("id", metavar="ID", help="the whole id, as the list shows it")
 _TAG = _argument("--tag", action="append", metavar="TAG", help="a word to find it by; may be repeated")
 
@@ -4072,7 +4373,7 @@ Command = collections.namedtuple("Command", "section run about arguments")
 COMMANDS = {  # CLI-2
     "up": Command("Start", _do_up, "run a broker and a mesh on this machine, and join it; safe to repeat", (
         _argument("slug", metavar="SLUG", nargs="?", default=LOCAL_SLUG, help=f"the mesh (default: {LOCAL_SLUG})"),
-        _argument("--port", type=_port, default=LOCAL_PORT, help=f"the broker's port (default: {LOCAL_PORT})"),
+        _argument("--port", type=_port, help=f"the broker's port (default: as before, else {LOCAL_PORT})"),
         _DATA, _NAME)),
     "down": Command("Start", _do_down, "stop the broker that `up` started", (_DATA,)),
     "demo": Command("Start", _do_demo, "show two sessions, a crash and a recovery, in some seconds", ()),
@@ -4088,12 +4389,14 @@ COMMANDS = {  # CLI-2
     "list": Command("Meshes", _do_list, "the meshes joined here", (_JSON,)),
     "status": Command("Meshes", _do_status, "whether each mesh can be reached", (_JSON,)),
     "invite": Command("Members", _do_invite, "print a link that lets somebody join", (
-        _argument("--expires", type=_duration, default="7d", metavar="TIME", help="90s, 30m, 12h, 7d, 2w (default 7d)"),
+        _argument("--expires", type=_duration, default="7d", metavar="TIME",
+                  help="90s, 30m, 12h, 7d, 2w (default: 7d)"),
         _argument("--uses", type=_uses, default=1, metavar="N", help="how many may join with it (default: 1)"),
-        _argument("--role", choices=("member", "admin"), default="member"), _MESH, _JSON)),
+        _argument("--role", choices=("member", "admin"), default="member", help="what they may do (default: member)"),
+        _MESH, _JSON)),
     "invite list": Command("Members", _do_invite_list, "the invites of a mesh", (_MESH, _JSON)),
     "invite revoke": Command("Members", _do_invite_revoke, "make an invite useless", (
-        _argument("id", metavar="ID", help="from `claudemesh invite list`"), _MESH)),
+        _argument("id", metavar="ID", help="its id from `claudemesh invite list`, or the link"), _MESH)),
     "members": Command("Members", _do_members, "who belongs to a mesh", (_MESH, _JSON)),
     "revoke": Command("Members", _do_revoke, "shut a member out", (
         _argument("member", metavar="MEMBER", help="name, id, or 8 or more digits of the key"),
@@ -4106,7 +4409,8 @@ COMMANDS = {  # CLI-2
         _argument("--wait", type=_seconds, metavar="SECONDS", help="follow it until it is delivered"), _MESH, _JSON)),
     "inbox": Command("Talking", _do_inbox, "print the messages waiting for you", (
         _argument("--wait", type=_seconds, default=0.0, metavar="SECONDS", help="wait for one if there is none"),
-        _MESH, _argument("--json", action="store_true", help="print one JSON object a line"))),
+        _argument("--mesh", metavar="SLUG", help="only that mesh (default: all that are joined)"),
+        _argument("--json", action="store_true", help="print one JSON object a line"))),
     "remind": Command("Talking", _do_remind, "have a message sent later", (
         _argument("message", metavar="MESSAGE", help="the text; - reads it from standard input"),
         _argument("--in", dest="delay", type=_delay, metavar="TIME", help="90 (seconds), 20m, 1.5h, 2d"),
@@ -4160,13 +4464,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if _IS_PROGRAM:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _run_command(argv)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # CLI-14: whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it ends
+        _drop_output()
         return EXIT_REFUSED
     except Exception as error:
         code = _exit_code(error)
@@ -4176,22 +4482,32 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
+def _drop_output() -> None:
+    """What is left of stdout's buffer goes nowhere, or the interpreter complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _run_command(argv: list[str]) -> int:
     """Find the command, read its arguments, run it."""
     if argv == ["mcp"]:
         return run_mcp()  # CLI-15: nothing else is imported before it answers
     if sys.stdout is None:  # CLI-9: print would drop everything without a word
         raise _usage("standard output is closed")
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]  # CLI-2
+    if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return EXIT_DONE
-    if argv[0] in ("-v", "--version"):
+    if argv[0] in ("-v", "-V", "--version"):
         print(f"claudemesh {VERSION}")
         return EXIT_DONE
     try:
         "".join(argv).encode()
     except UnicodeEncodeError:
         raise _usage("an argument is not UTF-8") from None
+    if argv[1:2] in (["-h"], ["--help"]) and argv[0] not in COMMANDS and _below(argv[0]):
+        print(_below(argv[0]))
+        return EXIT_DONE
     name = _command_name(argv)
     if name in OWN_PARSER:
         return COMMANDS[name].run(argv[1:])
@@ -4203,6 +4519,12 @@ def _run_command(argv: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     outcome = COMMANDS[name].run(args)
     return (asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome) or EXIT_DONE
+
+
+def _below(word: str) -> str:
+    """The commands of two words that begin with `word`, a line each; "" if there are none."""
+    return "\n".join(f"  claudemesh {name:<14} {command.about}" for name, command in COMMANDS.items()
+                     if name.startswith(word + " "))
 
 
 def _command_name(argv: list[str]) -> str:
@@ -4225,9 +4547,14 @@ def _arguments(name: str, words: list[str]) -> argparse.Namespace | None:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> None:
-            raise _usage(f"{message} (see claudemesh {name} --help)")
+            texts = any(not names[0].startswith("-") for names, _ in COMMANDS[name].arguments)
+            dash = "; put -- before a text that begins with -" if texts and "required" in message and any(
+                word.startswith("-") for word in words) else ""
+            raise _usage(f"{message} (see claudemesh {name} --help{dash})")
 
-    parser = Parser(prog=f"claudemesh {name}", description=COMMANDS[name].about, allow_abbrev=False)
+    more = _below(name)
+    parser = Parser(prog=f"claudemesh {name}", description=COMMANDS[name].about, allow_abbrev=False,
+                    epilog=f"see also:\n{more}" if more else None, formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, how in COMMANDS[name].arguments:
         parser.add_argument(*names, **how)
     try:
@@ -4238,7 +4565,7 @@ def _arguments(name: str, words: list[str]) -> argparse.Namespace | None:
 
 def _help() -> str:
     """The list of commands and exit codes, made from the tables."""
-    lines = ["usage: claudemesh COMMAND ...        claudemesh COMMAND --help tells more"]
+    lines = ["usage: claudemesh COMMAND ...        claudemesh help COMMAND, or COMMAND --help, tells more"]
     for section in dict.fromkeys(command.section for command in COMMANDS.values()):
         lines += ["", section]
         lines += [f"  {name:<14} {command.about}" for name, command in COMMANDS.items() if command.section == section]
@@ -4259,6 +4586,9 @@ def _exit_code(error: Exception) -> int | None:
 def _complain(error: Exception) -> None:
     """One line on stderr, whatever the error's text holds."""
     file = getattr(error, "filename", None)  # of an OSError
+    if isinstance(error, OSError) and file is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        file = "standard output"  # the only file that is written without its name
+        _drop_output()
     text = f"{file}: {_reason(error)}" if file else _reason(error)
     if sys.stderr is not None:  # else print would write to stdout
         print(f"claudemesh: {_shown(text)}", file=sys.stderr)

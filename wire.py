@@ -1983,10 +1983,10 @@ def decode_invite(token: str) -> dict[str, Any]:
         data = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         payload = decode(data)
     except (ValueError, Refused):
-        raise InviteError("malformed", "the invite is damaged: it does not decode") from None
+        raise InviteError("malformed", "the invite is damaged: it does not decode; copy the whole link") from None
     wrong = next((name for name, fits in _INVITE_FIELDS.items() if not fits(payload.get(name))), None)
     if wrong is not None:
-        raise InviteError("malformed", f"the invite is damaged: field {wrong}")
+        raise InviteError("malformed", f"the invite is damaged: field {wrong}; copy the whole link")
     return payload
 
 

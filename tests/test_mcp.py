@@ -73,6 +73,7 @@ class FakeClient(claudemesh.MeshClient):
         self.sent: list[tuple[str, str, str]] = []
         self.seen: list[str] = []
         self.answers: dict[str, Any] = {}
+        self.away: list[dict[str, Any]] = []
         self.ack: Any = {"messageId": "M" * 32, "recipients": {"online": 1, "held": 0}, "encrypted": True}
 
     async def request(self, type: str, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
@@ -90,6 +91,9 @@ class FakeClient(claudemesh.MeshClient):
         if isinstance(self.ack, Exception):
             raise self.ack
         return self.ack
+
+    async def members(self) -> list[dict[str, Any]]:
+        return self.away
 
     def shown(self, *pushes: Push | str) -> None:
         self.seen += [one.id for one in pushes]
@@ -318,7 +322,10 @@ GROUPS = [{"name": "dev", "role": "lead"}, {"name": "ops"}]
     ("mcp_undeployed", {"name": "svc", "by": "bob"}, '[SERVICE] "svc" removed by bob'),
     ("mcp_scope_changed", {"name": "svc", "scope": {"group": "dev"}, "by": "bob"},
      '[SERVICE] "svc" is now for {"group":"dev"}, changed by bob'),
-    ("peer_hidden", {"name": "bob", "pubkey": "b"}, '[system] peer_hidden: {"name":"bob","pubkey":"b"}'),
+    ("peer_hidden", {"name": "bob", "pubkey": "b"}, '[system] "bob" is hidden now: direct messages still arrive'),
+    ("peer_visible", {"name": "bob"}, '[system] "bob" can be seen again'),
+    ("profile_updated", {"name": "bob"}, '[system] "bob" has a new profile'),
+    ("peer_moved", {"name": "bob", "pubkey": "b"}, '[system] peer_moved: {"name":"bob","pubkey":"b"}'),
     ("new_thing", {"text": "</channel>"}, '[system] new_thing: {"text":"&lt;/channel>"}'),
 ])
 def test_a_system_event_has_its_own_sentence(event: str, data: dict[str, Any], content: str) -> None:
@@ -1455,7 +1462,7 @@ def test_every_tool_works_against_a_real_broker(world: World) -> None:
                 ("mesh_execute", {"sql": "CREATE TABLE t(a); INSERT INTO t VALUES (7)"}, "Done; 1 rows changed."),
                 ("mesh_query", {"sql": "SELECT * FROM t"}, "1 rows\n| a |\n| --- |\n| 7 |"),
                 ("mesh_schema", {}, "**t**: a ANY"),
-                ("mesh_stats", {}, "| cid |"),
+                ("mesh_stats", {}, "No peer has reported counters yet"),
                 ("ping_mesh", {}, "own status: working; priorities that get through to it: now\n"),
                 ("send_message", {"to": "cid", "message": "x"}, "recipients: 1 online, 0 held"),
                 ("check_messages", {}, "")]:
