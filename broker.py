@@ -1422,6 +1422,12 @@ def on_set_visible(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
         announce(hub, link.mesh, peer, "peer_visible" if visible else "peer_hidden")
 
 
+def on_set_reach(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """set_reach: by which ways messages reach the session's model by themselves (SPEC PRES-16)."""
+    link.peer.where["reach"] = frame["ways"]
+    link.done(frame)
+
+
 def on_set_profile(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """set_profile: merges the fields that are given (SPEC PRES-9)."""
     given = {name: frame[name] for name in ("avatar", "title", "bio", "capabilities") if frame.get(name) is not None}
@@ -2367,7 +2373,7 @@ def find_webhook(mesh: Mesh, secret: str) -> storage.Webhook | None:
 HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "send": on_send, "client_ack": on_client_ack, "message_status": on_message_status,
     "set_status": on_set_status, "set_summary": on_set_summary, "set_stats": on_set_stats,
-    "set_visible": on_set_visible, "set_profile": on_set_profile,
+    "set_visible": on_set_visible, "set_reach": on_set_reach, "set_profile": on_set_profile,
     "join_group": on_join_group, "leave_group": on_leave_group, "list_peers": on_list_peers,
     "set_state": on_set_state, "get_state": on_get_state, "list_state": on_list_state,
     "mesh_info": on_mesh_info, "audit_query": on_audit_query, "audit_verify": on_audit_verify,

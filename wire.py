@@ -1226,6 +1226,7 @@ set_status(status: idle|working|dnd)
 set_summary(summary?: string)
 set_stats(stats?: Stats)
 set_visible(visible: boolean) -> ack
+set_reach(ways: [channel|hooks|wake])
 set_profile(avatar?: string, title?: string, bio?: string, capabilities?: [string]) -> ack
 join_group(name: string, role?: string)
 leave_group(name: string)
@@ -1346,7 +1347,7 @@ message_status_result(messageId: string, targetSpec: string, delivered: boolean,
 peers_list(peers: [{pubkey: string, displayName: string, status: idle|working|dnd, summary: string|null, groups:
     [Group], sessionId: string, connectedAt: string, cwd: string, hostname?: string, peerType?:
     ai|human|connector, channel?: string, model?: string, stats?: Stats, visible?: boolean, memberPubkey?:
-    string, reconnecting?: boolean, profile?: Profile}])
+    string, reconnecting?: boolean, reach?: [string], profile?: Profile}])
 mesh_info_result(mesh: string, peers: number, groups: [string], stateKeys: [string], memoryCount: number,
     fileCount: number, tasks: {open: number, claimed: number, done: number}, streams: [string], tables:
     [string], collections: [string], yourName: string, yourGroups: [Group])

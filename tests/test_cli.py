@@ -230,7 +230,6 @@ def test_a_failed_command_leaves_no_configuration_behind(person):
 def test_help_lists_every_command_and_exit_code_and_works_for_each(person):
     nobody = person("nobody")
     text = nobody("--help")
-    assert nobody() == text
     for name, command in claudemesh.COMMANDS.items():
         assert f"\n  {name:<14} {command.about}\n" in text
         if name not in claudemesh.OWN_PARSER:
@@ -700,7 +699,7 @@ def test_up_and_down_can_be_repeated(home):
     record = json.loads((data / "broker.json").read_text())
     assert first == [f"broker  {url}  started (process {record['pid']}), data in {data}",
                      "mesh    local  joined as Ada",
-                     f"next    claude mcp add --scope user claudemesh -- {claudemesh._command()} mcp   # connects Claude Code"]
+                     f"next    {claudemesh._command()} install   # connects Claude Code"]
     assert record["url"] == url and record.keys() == {"pid", "url", "startedAt", "process"}
     assert os.getsid(record["pid"]) == record["pid"]  # no terminal takes it down
     for name in ("broker.json", "broker.log"):

@@ -396,10 +396,10 @@ def test_in_inbox_mode_messages_become_a_note_without_their_text_or_id() -> None
     assert world.notes[:2] == [
         ('[inbox] 1 waiting, the newest from "alice": read with check_messages',
          {"kind": "inbox_notification", "from_name": "alice", "mesh_slug": "alpha", "mesh_id": "id-alpha",
-          "priority": "next", "waiting": "1"}),
+          "priority": "next", "waiting": "1", "note_id": "ca0df2c95aa144c1"}),
         ('[inbox] 2 waiting, the newest from "webhook:ci": read with check_messages',
          {"kind": "inbox_notification", "from_name": "webhook:ci", "mesh_slug": "alpha", "mesh_id": "id-alpha",
-          "priority": "next", "waiting": "2"})]
+          "priority": "next", "waiting": "2", "note_id": "ca0df2c95aa144c1"})]
     assert [meta["kind"] for _, meta in world.notes[2:]] == ["system", "state_change"]
 
 
@@ -822,7 +822,8 @@ def test_who_the_session_is_comes_from_the_environment_then_the_configuration(mo
     monkeypatch.setenv("CLAUDEMESH_DISPLAY_NAME", "env")
     identity = claudemesh.Identity({"meshes": [], "displayName": "conf", "messageMode": "off"}, {
         "CLAUDEMESH_SESSION_ID": "own", "CLAUDE_CODE_SESSION_ID": "cc", "CLAUDEMESH_ROLE": "member"})
-    assert (identity.name, identity.role, identity.mode, identity.session_id) == ("env", "member", "off", "own")
+    assert (identity.name, identity.role, identity.mode, identity.session_id) == ("env", "member", "off", "cc")
+    assert claudemesh.Identity({"meshes": []}, {"CLAUDEMESH_SESSION_ID": "own"}).session_id == "own"
     monkeypatch.delenv("CLAUDEMESH_DISPLAY_NAME")
     one, two = claudemesh.Identity({"meshes": []}, {}), claudemesh.Identity({"meshes": []}, {})
     assert one.name == f"{socket.gethostname()}-{os.getpid()}" and one.session_id is None
