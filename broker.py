@@ -149,6 +149,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "schedule": {"to": 256, "message": 64 * 1024},
     "watch": {"url": 2048, "extract": 256, "notify_on": 1024, "label": 128},
 }
+NO_LENGTHS: dict[str, Any] = {}
 STATE_VALUE_BYTES = STREAM_DATA_BYTES = 256 * 1024
 STATE_TOTAL_BYTES = 1_500_000  #: all keys and values of a mesh, so that `state_list` fits into one message
 PROFILE_BYTES, MANIFEST_BYTES = 8 * 1024, 16 * 1024
@@ -1181,9 +1182,9 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
 def check_texts(frame: dict[str, Any]) -> None:
     """Raises `too_large` for a text longer than its limit (SPEC MSG-9), `malformed` for a blank one (MSG-13)."""
     kind = frame["type"]
-    for name, most in LENGTHS.get(kind, {}).items():
+    for name, most in LENGTHS.get(kind, NO_LENGTHS).items():
         value = frame.get(name)
-        if value is not None:
+        if value is not None and not (type(value) is str and len(value) <= most):
             _check_length(f"{kind}.{name}", value, most)
     for name in FILLED.get(kind, ()):
         if not frame[name].strip():
