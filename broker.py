@@ -20,8 +20,8 @@ outlives its socket by a grace. A `Link` is one socket. One timer (`Broker.tick`
 Sections: 1 settings and tables, 2 metrics, limits, log, 3 pushes and links, 4 peers and meshes,
 5 delivery, 6 the turn, 7 life of a connection, 8 handlers: delivery, 9 handlers: presence,
 10 handlers: state, audit, info, 11 handlers: memory, context, tasks, 12 handlers: streams, skills,
-13 handlers: vectors and SQL, 14 schedules and clock, 15 watches, 16 webhooks, 17 HTTP routes,
-18 start, tick, stop, 19 command line.
+13 handlers: vectors and SQL, 14 schedules and clock, 15 watches, 16 webhooks, 17 handlers: files,
+18 HTTP routes, 19 HTTP routes: files, 20 start, tick, stop, 21 command line.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from json.encoder import encode_basestring as quote
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote as percent
 from urllib.parse import urldefrag, urljoin
 
 import cron
@@ -141,6 +142,10 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "create_stream": {"name": 128},
     "share_skill": {"description": 2048, "instructions": 256 * 1024, "tags": TAGS},
     "list_skills": {"query": 256},
+    "list_files": {"query": 256},
+    "grant_file_access": {"sealedKey": 256},
+    "peer_file_request": {"filePath": 4096},
+    "peer_dir_request": {"dirPath": 4096, "pattern": 256},
     "vector_store": {"collection": 128, "text": 8192},
     "vector_search": {"collection": 128, "query": 1024},
     "vector_delete": {"collection": 128, "id": 64},
@@ -174,6 +179,23 @@ READERS = 2  #: searches and queries of one mesh that run at the same time
 AT_WORK = 128  #: requests of one mesh that run in threads or wait for one
 
 
+MAX_FILE_BYTES = 52_428_800  # FILE-3
+FILE_QUOTA_BYTES = 1024 * 1024 * 1024
+MAX_FILES = 10_000  #: in a mesh
+MAX_FILE_KEYS = 1000  #: peers for whom the key of one file is sealed
+DISK_THREADS = 4  #: that read and write the content of files
+MAX_TRANSFERS = 64  #: uploads and downloads under way, over all meshes
+TRANSFER_CHUNK = 128 * 1024  #: bytes
+TRANSFER_RATE = 32 * 1024  #: bytes a second; who is slower than that is not waited for (FILE-3)
+LINGER_SECONDS = 0.05  #: between two looks whether a slow reader has taken the last of a download
+TOKEN_MS = 120_000  #: how long a download address is good
+MAX_RELAYS = 4  #: questions to other peers about their files that one connection may have open
+RELAY_SECONDS = 15.0
+RELAY_CHARACTERS = (1024 * 1024 + 2) // 3 * 4  #: 1 MiB in base64
+RELAY_ENTRIES = 500
+RELAY_ERROR = 500  #: characters
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What an operator may set. Times are in the unit their name says."""
@@ -193,6 +215,9 @@ class Settings:
     task_lease: int = TASK_LEASE_SECONDS
     watch_allow_private: bool = False  #: watches may look at addresses that are not public
     admin_token: str = ""  #: lets its bearer create meshes from elsewhere than loopback
+    max_file: int = MAX_FILE_BYTES
+    file_quota: int = FILE_QUOTA_BYTES  #: of all files of a mesh
+    legacy_http: bool = False  #: takes uploads that nobody signed, as stock clients send them
     embedder: str = ""  #: module:function that vector_search asks, from a list of texts to lists of floats
 
     def check(self) -> None:
@@ -205,6 +230,7 @@ class Settings:
             "a mesh has room for one connection at least": self.max_connections < 1,
             f"a message may have from 65536 to {wire.MAX_MESSAGE_BYTES} bytes: clients read no more":
                 not 65536 <= self.max_message <= wire.MAX_MESSAGE_BYTES,
+            "a file may have one byte at least, and the quota is not smaller": not 0 < self.max_file <= self.file_quota,
             "a rate is not negative": self.send_rate < 0 or self.hook_rate < 1,
             "a lease is not negative": self.task_lease < 0,
             f"{self.data} is not a directory": self.data.exists() and not self.data.is_dir(),
@@ -376,10 +402,11 @@ class Link:
 
     __slots__ = ("hub", "conn", "task", "opened", "heard", "pinged", "mesh", "peer", "out", "out_bytes",
                  "speaking", "fresh", "pushed", "inflight", "unshown", "by_id", "written", "acks",
-                 "shows_target", "hears_events", "streams", "resuming", "aside", "closed", "closing", "sent", "acked")
+                 "shows_target", "hears_events", "streams", "resuming", "aside", "host", "closed", "closing", "sent", "acked")
 
-    def __init__(self, hub: Broker, conn: wire.Connection, task: asyncio.Task[Any], now: float) -> None:
+    def __init__(self, hub: Broker, conn: wire.Connection, task: asyncio.Task[Any], now: float, host: str = "") -> None:
         self.hub, self.conn, self.task = hub, conn, task
+        self.host = host  #: the broker's address as this client knows it
         self.opened = self.heard = self.pinged = now
         self.mesh: Mesh | None = None
         self.peer: Peer | None = None
@@ -551,6 +578,15 @@ class Recipient(NamedTuple):
     held_for: str | None
 
 
+class Relay(NamedTuple):
+    """A question of one peer about another's files, until it is answered (SPEC RELAY-1)."""
+
+    link: Link
+    frame: dict[str, Any]
+    asked: Link
+    until: float
+
+
 def check_group(name: str) -> str:
     """`name`, which can be a group's (SPEC GROUP-1). Raises `Refused`."""
     if not name.strip() or name == "all" or name.startswith("@") or not name.isprintable():  # @all is everyone
@@ -627,6 +663,8 @@ class Mesh:
         self.pruned_at = 0.0
         self.unmoved = 0  #: commits since the last checkpoint
         self.verifying = False  #: an audit verification is under way
+        self.arriving = 0  #: bytes of the uploads under way, which the quota counts too
+        self.relays: dict[str, Relay] = {}  #: questions to peers about their files, by the id they were forwarded with
         self.tables = storage.sql_tables(store.directory)  #: of the members' own database
         self.readers, self.writer = asyncio.Semaphore(READERS), asyncio.Lock()  #: of `sql.db`, and of searches
         self.at_work = 0
@@ -652,6 +690,11 @@ class Mesh:
             if saved is not None:
                 peer.restore(saved)
             peer.backlog = True
+
+    def owner_of(self, key: str) -> Member | None:
+        """The live member whose key, or whose session's key, that is."""
+        session = self.store.session_owner(key)
+        return self.by_pubkey.get(key) or (self.members.get(session.member_id) if session else None)
 
     def sessions(self, member: Member) -> list[Peer]:
         """The presences of one member."""
@@ -1131,6 +1174,7 @@ def detach(hub: Broker, link: Link) -> None:
     if mesh is None or peer is None or link not in mesh.links:
         return
     mesh.links.discard(link)
+    forget_relays(mesh, link)
     if peer.link is not link:
         return  # superseded: the presence lives on another link
     leaves = link.conn.ws.close_received and link.conn.ws.close_code in (1000, 1001, 1005)
@@ -1537,7 +1581,7 @@ def on_mesh_info(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     link.reply(
         frame, "mesh_info_result", mesh=mesh.id, peers=len(shown),
         groups=sorted({f"@{name}" for p in shown for name in p.groups}),
-        stateKeys=[row.key for row in mesh.store.list_state()], memoryCount=mesh.store.count("memory"), fileCount=0,
+        stateKeys=[row.key for row in mesh.store.list_state()], memoryCount=mesh.store.count("memory"), fileCount=mesh.store.file_totals()[0],
         tasks=mesh.store.task_counts(), streams=[row.name for row in mesh.store.list_streams()], tables=mesh.tables,
         collections=mesh.store.collections(),
         yourName=peer.name, yourGroups=peer.group_list())
@@ -2370,6 +2414,164 @@ def find_webhook(mesh: Mesh, secret: str) -> storage.Webhook | None:
     return found[0] if found else None
 
 
+# --- 17. Handlers: files --------------------------------------------------------------------------
+
+
+def file_reader(member: Member, groups: Iterable[str], *keys: str) -> storage.Reader:
+    """What decides which files a member may read, in these groups and with these keys (SPEC FILE-8)."""
+    targets = {"", "*", "@all", *keys}
+    for group in groups:
+        parts = group.split("/")
+        targets |= {"@" + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
+    return storage.Reader(member.id, list(keys), sorted(targets))
+
+
+def _reader(peer: Peer) -> storage.Reader:
+    return file_reader(peer.member, peer.groups, peer.key, peer.member.pubkey)
+
+
+def _file(hub: Broker, link: Link, frame: dict[str, Any]) -> storage.File:
+    """The file that a request names, for one who may read it. Raises `Refused`."""
+    row = link.mesh.store.file(frame["fileId"], hub.clock())
+    if row is None:
+        raise Refused("not_found", "no such file; it may have expired or been deleted")
+    if not link.mesh.store.may_read(row.id, _reader(link.peer)):
+        raise Refused("forbidden", "the file is for others, or its key was not sealed for you")
+    return row
+
+
+def owns(row: storage.File, peer: Peer) -> bool:
+    """Whether a file is this member's, by whichever of its sessions it was shared (SPEC FILE-10)."""
+    return peer.member.id == row.owner_member or row.owner_member is None and row.owner_key in (peer.key, peer.member.pubkey)
+
+
+def on_get_file(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """get_file: where the content is for the next two minutes, and the key, sealed for this reader (SPEC FILE-9)."""
+    row, peer = _file(hub, link, frame), link.peer
+    sealed = link.mesh.store.sealed_key(row.id, (peer.key, peer.member.pubkey)) if row.encrypted else None
+    link.reply(frame, "file_url", fileId=row.id, url=hub.download_url(link, row.id), name=row.name, encrypted=row.encrypted,
+               size=row.size, sha256=row.sha256, mimeType=row.mime, **({"sealedKey": sealed} if sealed else {}))
+
+
+def on_list_files(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """list_files: the newest files that the asker may read (SPEC FILE-11)."""
+    rows = link.mesh.store.list_files(_reader(link.peer), hub.clock(), frame.get("query") or "", frame.get("from") or "")
+    link.reply(frame, "file_list", files=[_file_entry(row) for row in rows])
+
+
+def _file_entry(row: storage.File) -> dict[str, Any]:
+    entry = {"id": row.id, "name": row.name, "size": row.size, "tags": row.tags, "uploadedBy": row.uploaded_by,
+             "uploadedAt": iso(row.uploaded_at), "persistent": row.expires_at is None, "encrypted": row.encrypted,
+             "mimeType": row.mime}
+    if row.target:
+        entry["target"] = row.target
+    return entry if row.expires_at is None else {**entry, "expiresAt": iso(row.expires_at)}
+
+
+def on_file_status(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """file_status: who downloaded a file, newest first (SPEC FILE-12)."""
+    row = _file(hub, link, frame)
+    link.reply(frame, "file_status_result", fileId=row.id, accesses=[
+        {"peerName": access.name, "accessedAt": iso(access.at), "complete": access.complete}
+        for access in link.mesh.store.accesses(row.id)])
+
+
+def on_delete_file(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """delete_file: ends the sharing of a file, for its owner or an admin (SPEC FILE-10)."""
+    mesh, peer = link.mesh, link.peer
+    row = mesh.store.file(frame["fileId"], hub.clock())
+    if row is None:
+        raise Refused("not_found", "no such file; it may have expired or been deleted")
+    if not owns(row, peer) and peer.member.role != "admin":
+        raise Refused("forbidden", "a file is deleted by its owner or an admin")
+    mesh.store.delete_file(row.id)
+    mesh.store.audit("file_deleted", peer.member.id, peer.name, {"file": row.id}, hub.clock())
+    link.reply(frame, "ack", id=row.id, messageId="", queued=False)
+
+
+def on_grant_file_access(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """grant_file_access: keeps the key of an encrypted file as its owner has sealed it for one more peer (SPEC FILE-10)."""
+    mesh, row, key = link.mesh, _file(hub, link, frame), hex_key(frame["peerPubkey"])
+    if not owns(row, link.peer) or not row.encrypted:
+        raise Refused("forbidden", "access is granted by a file's owner" if row.encrypted else "the file is not encrypted")
+    if key is None or mesh.owner_of(key) is None:
+        raise Refused("not_found", "grant_file_access.peerPubkey: no key of this mesh")
+    if mesh.store.file_key_count(row.id) >= MAX_FILE_KEYS:
+        raise Refused("limit", f"the key of a file is sealed for {MAX_FILE_KEYS} peers at most")
+    mesh.store.grant_file(row.id, key, frame["sealedKey"])
+    mesh.store.audit("file_granted", link.peer.member.id, link.peer.name, {"file": row.id, "key": key}, hub.clock())
+    link.reply(frame, "grant_file_access_ok", fileId=row.id, peerPubkey=key)
+
+
+#: Of a question to another peer: the field that names what is wanted, and how it is forwarded and answered.
+RELAYED = {
+    "peer_file_request": ("filePath", "peer_file_request_forward", "peer_file_response", "peer_file_response_forward"),
+    "peer_dir_request": ("dirPath", "peer_dir_request_forward", "peer_dir_response", "peer_dir_response_forward"),
+}
+
+
+def on_peer_request(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """peer_file_request, peer_dir_request: forwards a question about a peer's own files (SPEC RELAY-1)."""
+    mesh, key, id = link.mesh, hex_key(frame["targetPubkey"]), hub.new_id()
+    member = mesh.by_pubkey.get(key or "")
+    live = [peer for peer in mesh.peers.values() if peer.link is not None and (peer.key == key or peer.member is member)]
+    if not live:
+        raise Refused("peer_not_found", wire.ERRORS["peer_not_found"])
+    if sum(relay.link is link for relay in mesh.relays.values()) >= MAX_RELAYS:
+        raise Refused("limit", f"{MAX_RELAYS} questions to other peers are open already")
+    asked = max(live, key=lambda peer: peer.connected_at).link  # of a member's sessions the newest
+    path, forward, _, _ = RELAYED[frame["type"]]
+    pattern = {"pattern": frame["pattern"]} if frame.get("pattern") else {}
+    mesh.relays[id] = Relay(link, frame, asked, hub.monotonic() + RELAY_SECONDS)
+    mesh.undo.append(lambda: mesh.relays.pop(id, None))
+    hub.touch(mesh)
+    asked.say(encode({"type": forward, "requesterPubkey": link.peer.key, path: frame[path], **pattern, "_reqId": id}))
+
+
+def on_peer_response(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
+    """peer_file_response, peer_dir_response: passes on the answer to a question that was really put to this peer
+    (SPEC RELAY-2). Neither acknowledged nor refused: `_reqId` is the question's, and a stock client would take an
+    error for the answer to some question of its own."""
+    mesh, id = link.mesh, frame.get("_reqId")
+    relay = mesh.relays.get(id) if isinstance(id, str) else None
+    if relay is None or relay.asked is not link or RELAYED[relay.frame["type"]][2] != frame["type"]:
+        hub.metrics.add("broker_messages_rejected_total", "not_found")
+        return
+    del mesh.relays[id]
+    content, entries, error = frame.get("content"), frame.get("entries"), frame.get("error")
+    if error:
+        _answer_relay(relay, error=error[:RELAY_ERROR])
+    elif content is not None and len(content) <= RELAY_CHARACTERS and content.isascii():
+        _answer_relay(relay, content=content)
+    elif entries is not None and len(entries) <= RELAY_ENTRIES and sum(map(len, entries)) < REPLY_CHARACTERS // 2:
+        _answer_relay(relay, entries=entries)
+    else:
+        _answer_relay(relay, error="the peer's answer is empty or too large")
+
+
+def _answer_relay(relay: Relay, **answer: Any) -> None:
+    """Answers the peer that asked. Not by `reply`: 1 MiB in base64 is what a message may have, and more than an answer."""
+    path, _, _, type = RELAYED[relay.frame["type"]]
+    echo = {"_reqId": relay.frame["_reqId"]} if relay.frame.get("_reqId") else {}
+    relay.link.say(encode({"type": type, path: relay.frame[path], **answer, **echo}))
+
+
+def forget_relays(mesh: Mesh, link: Link) -> None:
+    """A link has ended: who waits for its answer is told so, and what it asked is not wanted any more (SPEC RELAY-3)."""
+    for id, relay in list(mesh.relays.items()):
+        if link in (relay.link, relay.asked):
+            del mesh.relays[id]
+            if relay.asked is link:
+                _answer_relay(relay, error=f"{link.peer.name} left before it answered")
+
+
+def _expire_relays(mesh: Mesh, now: float) -> None:
+    for id, relay in list(mesh.relays.items()):
+        if relay.until <= now:
+            del mesh.relays[id]
+            _answer_relay(relay, error=f"{relay.asked.peer.name} did not answer in {RELAY_SECONDS:g} s")
+
+
 #: message type: its handler. What the table knows and this does not is `not_implemented`.
 HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "send": on_send, "client_ack": on_client_ack, "message_status": on_message_status,
@@ -2393,19 +2595,30 @@ HANDLERS: dict[str, Callable[[Broker, Link, dict[str, Any]], None]] = {
     "set_clock": on_set_clock, "pause_clock": on_pause_clock, "resume_clock": on_resume_clock, "get_clock": on_get_clock,
     "watch": on_watch, "unwatch": on_unwatch, "watch_list": on_watch_list,
     "create_webhook": on_create_webhook, "list_webhooks": on_list_webhooks, "delete_webhook": on_delete_webhook,
+    "get_file": on_get_file, "list_files": on_list_files, "file_status": on_file_status, "delete_file": on_delete_file,
+    "grant_file_access": on_grant_file_access,
+    "peer_file_request": on_peer_request, "peer_dir_request": on_peer_request,
+    "peer_file_response": on_peer_response, "peer_dir_response": on_peer_response,
 }
 
 
-# --- 17. HTTP routes ------------------------------------------------------------------------------
+# --- 18. HTTP routes ------------------------------------------------------------------------------
 
 #: On every answer (SPEC HTTP-28).
 CORS = (("Access-Control-Allow-Origin", "*"), ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, OPTIONS"),
         ("Access-Control-Allow-Headers",
          "Authorization, Content-Type, X-Mesh-Id, X-Member-Id, X-File-Name, X-Tags, X-Persistent, X-Target-Spec, "
-         "X-Encrypted, X-Owner-Pubkey, X-File-Keys, X-Mesh-Key, X-Mesh-Time, X-Mesh-Signature"))
+         "X-Encrypted, X-Owner-Pubkey, X-File-Keys, X-Mesh-Content-SHA256, X-Mesh-Key, X-Mesh-Time, X-Mesh-Signature"))
 JSON_BODY_BYTES = 64 * 1024
 PRESET = wire.read_type("{displayName?: string, roleTag?: string, groups?: [Group], messageMode?: push|inbox|off}")
+TAG_LIST, FILE_KEYS = wire.read_type("[string]"), wire.read_type("[{peerPubkey: string, sealedKey: string}]")
+TOKEN = re.compile(r"([0-9a-f]{64})\.(\d{1,16})\.([0-9a-f]{64})")
+MIME, MIME_DEFAULT = re.compile(r"[\w.+-]{1,64}/[\w.+-]{1,64}(; ?charset=[\w-]{1,32})?", re.ASCII), "application/octet-stream"
 JOIN_RATE = (60, 60.0)  #: enrolments per address, and the seconds over which they refill
+
+
+Result = dict[str, Any] | str | bytes  #: what a route returns; see `answer`
+Route = Callable[["Broker", "Call"], Result | Coroutine[Any, Any, Result]]
 
 
 class Denied(HttpError):
@@ -2423,6 +2636,8 @@ class Call(NamedTuple):
     ids: tuple[str, ...]
     loopback: bool
     address: str
+    reader: asyncio.StreamReader | None = None
+    writer: asyncio.StreamWriter | None = None
 
     def body(self) -> dict[str, Any]:
         """The JSON object in the body. Raises `Denied`."""
@@ -2662,8 +2877,228 @@ def http_revoke_member(hub: Broker, call: Call) -> dict[str, Any]:
     return {"ok": True}
 
 
+# --- 19. HTTP routes: files -----------------------------------------------------------------------
+
+
+def http_upload(hub: Broker, call: Call) -> Coroutine[Any, Any, Result]:
+    """POST /upload: takes a file in. Everything but its content is checked before that is read (SPEC FILE-1 to FILE-7)."""
+    mesh, row, keys = _announced_file(hub, call)
+    return _receive_file(hub, call, mesh, row, keys)
+
+
+def _announced_file(hub: Broker, call: Call) -> tuple[Mesh, storage.File, dict[str, str]]:
+    """What the headers of an upload say: where, what, and the sealed keys. Raises `Denied`."""
+    headers, size, now = call.request.headers, call.request.content_length or 0, hub.clock()
+    mesh, member, uploader = _uploader(hub, call)
+    if not size:
+        raise Denied(400, "empty", "a file has one byte at least, and a Content-Length")
+    if size > hub.settings.max_file:
+        raise Denied(413, "too_large", f"a file may have at most {hub.settings.max_file} bytes")
+    name = wire.read_header_text(headers.get("x-file-name", ""))
+    fault = "is no text" if name is None else wire.file_name_fault(name)
+    if fault is not None:
+        raise Denied(400, "bad_name", f"the name of the file {fault}")  # FILE-5
+    count, total = mesh.store.file_totals()
+    if count >= MAX_FILES or total + mesh.arriving + size > hub.settings.file_quota:
+        raise Denied(507, "limit", "the files of this mesh have no room for another")  # FILE-6
+    target, target_member = _file_target(mesh, headers.get("x-target-spec", ""))
+    owner_key = _owner_key(mesh, member, headers.get("x-owner-pubkey", ""))
+    owner = member or (mesh.owner_of(owner_key) if owner_key else None)
+    mime = headers.get("content-type", "")
+    row = storage.File(
+        hub.new_id(), name, size, mime if MIME.fullmatch(mime) else MIME_DEFAULT, headers.get("x-mesh-content-sha256", ""),
+        _tags(headers), target, target_member, owner.id if owner else None, owner_key, uploader,
+        headers.get("x-encrypted") == "true", now,
+        now + storage.KEEP_FILE_MS if headers.get("x-persistent") == "false" else None)
+    return mesh, row, _file_keys(mesh, headers) if row.encrypted else {}
+
+
+def _uploader(hub: Broker, call: Call) -> tuple[Mesh, Member | None, str]:
+    """The mesh, the member who signed, if anybody did, and the uploader's name. Raises `Denied`."""
+    headers = call.request.headers
+    mesh_id = headers.get("x-mesh-id", "")
+    if hub.settings.legacy_http and "x-mesh-signature" not in headers:  # FILE-7
+        mesh, label = hub.find_mesh(mesh_id), wire.read_header_text(headers.get("x-member-id", ""))
+        if mesh is None or not label:
+            raise Denied(400, "bad_request", "expected X-Mesh-Id, X-Member-Id and X-File-Name")
+        return mesh, None, label[:128]
+    mesh, member_id = hub.authorise(call, admin=False, mesh_id=mesh_id, body=wire.upload_text(headers))  # FILE-2
+    if member_id is None:
+        raise Denied(403, "forbidden", "files are shared by members; the owner's key is none")
+    if not re.fullmatch("[0-9a-f]{64}", headers.get("x-mesh-content-sha256", "")):
+        raise Denied(400, "bad_request", "X-Mesh-Content-SHA256: expected 64 lower-case hex digits")
+    return mesh, mesh.members[member_id], mesh.members[member_id].name
+
+
+def _file_target(mesh: Mesh, target: str) -> tuple[str, str | None]:
+    """For whom a file is, and the member if that is a key's: it outlives the session (SPEC FILE-8). Raises `Denied`."""
+    key = hex_key(target)
+    if key is not None:
+        member = mesh.owner_of(key)
+        if member is None:
+            raise Denied(400, "no_such_recipient", "X-Target-Spec: no key of this mesh")
+        return key, member.id
+    target = wire.read_header_text(target)
+    if not target or target in ("*", "@all"):
+        return "", None
+    if not target.startswith("@") or len(target) > LENGTHS["send"]["targetSpec"]:
+        raise Denied(400, "no_such_recipient", "X-Target-Spec: expected a key, @group, * or nothing")
+    return target, None
+
+
+def _owner_key(mesh: Mesh, member: Member | None, text: str) -> str | None:
+    """The routing key of the uploader, which in a signed request is one of the member's own. Raises `Denied`."""
+    key = hex_key(text)
+    if text and key is None:
+        raise Denied(400, "bad_request", "X-Owner-Pubkey: expected 64 hex digits")
+    if member is not None and key is not None and mesh.owner_of(key) is not member:
+        raise Denied(403, "forbidden", "X-Owner-Pubkey: the key of somebody else")
+    return key
+
+
+def _tags(headers: dict[str, str]) -> list[str]:
+    tags, (most, longest) = _json_header(headers, "x-tags", TAG_LIST), TAGS
+    if len(tags) > most or any(len(tag) > longest for tag in tags):
+        raise Denied(400, "too_large", f"X-Tags: at most {most} tags of {longest} characters")
+    return tags
+
+
+def _file_keys(mesh: Mesh, headers: dict[str, str]) -> dict[str, str]:
+    """The sealed keys that come with an encrypted file, by peer key. Raises `Denied`."""
+    keys = {hex_key(entry["peerPubkey"]): entry["sealedKey"] for entry in _json_header(headers, "x-file-keys", FILE_KEYS)}
+    if len(keys) > MAX_FILE_KEYS or not all(key and _is_sealed_key(sealed) for key, sealed in keys.items()):
+        raise Denied(400, "bad_request", "X-File-Keys: expected keys of 64 hex digits and sealed keys")
+    return keys
+
+
+def _json_header(headers: dict[str, str], name: str, shape: wire.Type) -> Any:
+    try:
+        value = json.loads(wire.read_header_text(headers.get(name) or "[]") or "")
+    except (ValueError, RecursionError):
+        value = None
+    if shape.fault(value) is not None:
+        raise Denied(400, "bad_request", f"{name}: not what it should be")
+    return value
+
+
+async def _receive_file(hub: Broker, call: Call, mesh: Mesh, row: storage.File, keys: dict[str, str]) -> Result:
+    """Streams the content to the disk; file, row and audit entry are there together, or nothing is (SPEC FILE-4)."""
+    mesh.arriving += row.size
+    blob = None
+    try:
+        with hub.transfer():
+            blob = await hub.disk(storage.Blob, mesh.store.blob(row.id))
+            limit = wire.BODY_TIMEOUT + row.size / TRANSFER_RATE
+            async for chunk in wire.body_chunks(call.request, call.reader, call.writer, max_body=row.size, timeout=limit):
+                await hub.disk(blob.write, chunk)
+            if row.sha256 not in ("", blob.sha256):
+                raise Denied(400, "checksum_mismatch", "what arrived has another SHA-256 than was announced")
+            await hub.disk(blob.keep)
+        return _share(hub, mesh, row._replace(sha256=blob.sha256), keys)
+    except BaseException as error:
+        if blob is not None:
+            blob.discard()
+        if isinstance(error, storage.StoreError):
+            hub.log("error", "file not stored", mesh=mesh.slug, reason=str(error))
+            raise Denied(507, "storage_error", str(error)) from None
+        raise
+    finally:
+        mesh.arriving -= row.size
+
+
+def _share(hub: Broker, mesh: Mesh, row: storage.File, keys: dict[str, str]) -> Result:
+    """Makes a file whose content is in place a shared one; who of those it is for still lacks a key (SPEC FILE-4, FILE-10)."""
+    owner = mesh.members.get(row.owner_member or "")
+    if row.owner_member is not None and owner is None:
+        raise Denied(401, "unauthorized", "the member was revoked meanwhile")
+    mesh.store.add_file(row, keys)
+    mesh.store.audit("file_shared", row.owner_member, row.uploaded_by, {
+        "file": row.id, "size": row.size, "encrypted": row.encrypted, "target": row.target}, hub.clock())
+    missing = [member.pubkey for member in _reached(mesh, row) if member.pubkey not in keys] if row.encrypted else []
+    hub.commit_now(mesh)
+    return {"ok": True, "fileId": row.id, **({"missing": missing} if missing else {})}
+
+
+def _reached(mesh: Mesh, row: storage.File) -> list[Member]:
+    """The members whom the target of a file reaches now, and its owner."""
+    def groups(member: Member) -> list[str]:
+        return [group for peer in mesh.sessions(member) for group in peer.groups] or mesh.saved_groups(member)
+
+    return [member for member in mesh.members.values()
+            if member.id in (row.owner_member, row.target_member) or not row.target
+            or row.target.startswith("@") and any(in_group(row.target[1:], group) for group in groups(member))]
+
+
+async def http_download(hub: Broker, call: Call) -> Result:
+    """GET /download/<file>?mesh=<mesh>: the stored bytes, for a token or a signature (SPEC FILE-9)."""
+    mesh, row, key, name = _wanted_file(hub, call)
+    try:
+        content = open(mesh.store.blob(row.id), "rb")
+    except OSError as error:
+        hub.log("error", "file not readable", mesh=mesh.slug, file=row.id, reason=str(error.strerror))
+        raise Denied(404, "not_found", "the content of that file is gone") from None
+    head = wire.response_head(200, row.size, headers=[
+        ("Content-Type", row.mime), ("Content-Disposition", f"attachment; filename*=UTF-8''{percent(row.name, safe='')}"),
+        ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"), *CORS])
+    with content, hub.transfer():
+        if call.request.method == "HEAD":
+            return head
+        access = mesh.store.add_access(row.id, key, name, hub.clock())  # FILE-12
+        hub.commit_now(mesh)
+        try:
+            await _send_file(hub, call.writer, head, content, row.size)
+            mesh.store.complete_access(access)
+        except OSError:  # the reader has gone or is too slow
+            call.writer.transport.abort()
+    return b""
+
+
+def _wanted_file(hub: Broker, call: Call) -> tuple[Mesh, storage.File, str, str]:
+    """The mesh, the file, and the key and name of who may have it. Raises `Denied`."""
+    query, id = call.request.query, call.ids[0]
+    token, mesh_id = query.get("token"), query.get("mesh", "")
+    if token is None:
+        mesh, member_id = hub.authorise(call, admin=False, mesh_id=mesh_id)
+        member = mesh.members.get(member_id or "")
+        key, name = ("", "") if member is None else (member.pubkey, member.name)
+    else:
+        key = _token_key(hub, mesh_id, id, token)
+        mesh = hub.find_mesh(mesh_id)
+        member = mesh.owner_of(key) if mesh else None
+        name = mesh.peers[key].name if mesh and key in mesh.peers else member.name if member else ""
+    if member is None:
+        raise Denied(401, "unauthorized", "no live member of that mesh asks")
+    row = mesh.store.file(id, hub.clock())
+    if row is None:
+        raise Denied(404, "not_found", "no such file; it may have expired or been deleted")
+    if token is None and not mesh.store.may_read(id, file_reader(member, mesh.saved_groups(member), member.pubkey)):
+        raise Denied(403, "forbidden", "the file is for others, or its key was not sealed for you")
+    return mesh, row, key, name
+
+
+def _token_key(hub: Broker, mesh_id: str, file: str, token: str) -> str:
+    """The key of the peer for whom a token was made. Raises `Denied`."""
+    match = TOKEN.fullmatch(token)
+    if match is None or not hmac.compare_digest(hub.token(mesh_id, file, match[1], int(match[2])), match[3]):
+        raise Denied(401, "bad_token", "the token is not for this file")
+    if int(match[2]) < hub.clock():
+        raise Denied(401, "token_expired", "the address has expired; ask for it again")
+    return match[1]
+
+
+async def _send_file(hub: Broker, writer: asyncio.StreamWriter, head: bytes, content: BinaryIO, size: int) -> None:
+    """Writes the head and `size` bytes of `content`, as fast as they are taken. Raises `OSError`."""
+    async with asyncio.timeout(wire.BODY_TIMEOUT + size / TRANSFER_RATE):
+        writer.write(head)
+        while chunk := await hub.disk(content.read, TRANSFER_CHUNK):
+            writer.write(chunk)
+            await writer.drain()
+        while wire.unsent(writer):  # the hanging up that follows does not wait as long
+            await asyncio.sleep(LINGER_SECONDS)
+
+
 #: (method, path with <variable> parts): handler. Routing ignores the query (SPEC HTTP-20).
-ROUTES: dict[tuple[str, str], Callable[[Broker, Call], dict[str, Any] | str]] = {
+ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "/health"): http_health,
     ("GET", "/metrics"): http_metrics,
     ("POST", "/hook/set-status"): http_set_status,
@@ -2676,12 +3111,15 @@ ROUTES: dict[tuple[str, str], Callable[[Broker, Call], dict[str, Any] | str]] = 
     ("DELETE", "/mesh/<mesh>/invites/<invite>"): http_revoke_invite,
     ("GET", "/mesh/<mesh>/members"): http_members,
     ("DELETE", "/mesh/<mesh>/members/<member>"): http_revoke_member,
+    ("POST", "/upload"): http_upload,
+    ("GET", "/download/<file>"): http_download,
 }
+STREAMED = {http_upload}  #: read the body of the request themselves
 _PATTERNS = [(method, re.compile(re.sub(r"<\w+>", "([^/]+)", path)), handler)
              for (method, path), handler in ROUTES.items()]
 
 
-def find_route(method: str, path: str) -> tuple[Callable[[Broker, Call], dict[str, Any] | str], tuple[str, ...]]:
+def find_route(method: str, path: str) -> tuple[Route, tuple[str, ...]]:
     """The handler of a request and the variable parts of its path. Raises `HttpError` 404."""
     wanted = "GET" if method == "HEAD" else method
     for route_method, pattern, handler in _PATTERNS:
@@ -2691,8 +3129,10 @@ def find_route(method: str, path: str) -> tuple[Callable[[Broker, Call], dict[st
     raise HttpError(404, "not found")
 
 
-def answer(result: dict[str, Any] | str, *, head: bool) -> bytes:
-    """The HTTP answer for what a route returned; the key "" is a status other than 200."""
+def answer(result: Result, *, head: bool) -> bytes:
+    """The HTTP answer for what a route returned; the key "" is a status other than 200, bytes are an answer already."""
+    if isinstance(result, bytes):
+        return result
     if isinstance(result, str):
         return wire.response(200, result.encode(), head=head, headers=[("Content-Type", "text/plain; version=0.0.4"), *CORS])
     status = result.pop("", 200)
@@ -2710,7 +3150,7 @@ def refusal(error: HttpError, *, head: bool) -> bytes:
     return wire.error_response(error, headers=CORS, head=head)
 
 
-# --- 18. Start, tick, stop ------------------------------------------------------------------------
+# --- 20. Start, tick, stop ------------------------------------------------------------------------
 
 
 class Broker(Turn):
@@ -2748,6 +3188,9 @@ class Broker(Turn):
         self.embedder = load_embedder(self.settings.embedder) if self.settings.embedder else None
         self.embedding = asyncio.Lock()  #: the embedder is somebody else's: it is called once at a time
         self.webhook_buckets = Buckets(*WEBHOOK_RATE)
+        self.token_secret = random(32)
+        self.threads = ThreadPoolExecutor(DISK_THREADS, "files")  #: of their own: a long query holds up no transfer
+        self.transfers = 0
         self.tasks: set[asyncio.Task[Any]] = set()
         self.fetches: set[asyncio.Task[Any]] = set()  #: checks of watches
         self.resolve = resolve or self._resolve
@@ -2782,6 +3225,12 @@ class Broker(Turn):
     async def _listen(self) -> None:
         for path in sorted(self.settings.data.iterdir()):
             self._index(path)
+        for mesh_id, slug in self.slugs.items():
+            if storage.keeps_blobs(self.directory(slug)):
+                with contextlib.suppress(Refused):  # which is in the log
+                    self.find_mesh(mesh_id)  # FILE-13: opening sweeps
+        if self.settings.legacy_http:
+            self.log("warn", "legacy HTTP is on: whoever knows a mesh id can upload files to it")  # FILE-7
         tls = self._tls()
         self.server = await wire.serve(self._accept, self.settings.host, self.settings.port, tls=tls)
         port = self.server.sockets[0].getsockname()[1]
@@ -2833,6 +3282,7 @@ class Broker(Turn):
         await self._settle_tasks()
         for mesh in self.meshes.values():
             mesh.store.close()
+        self.threads.shutdown(wait=False)
         os.close(self.data_lock)
         self.log("info", "stopped")
 
@@ -2958,12 +3408,15 @@ class Broker(Turn):
         if request.method == "OPTIONS":
             return wire.response(204, headers=CORS)
         handler, ids = find_route(request.method, request.path)
-        await wire.read_body(request, reader, writer, max_body=JSON_BODY_BYTES)
+        if handler not in STREAMED:
+            await wire.read_body(request, reader, writer, max_body=JSON_BODY_BYTES)
         address = str((writer.get_extra_info("peername") or ("",))[0])
         forwarded = self.settings.public_url or {"forwarded", "x-forwarded-for", "origin"} & request.headers.keys()
-        call = Call(request, ids, _is_loopback(address) and not forwarded, address)  # HTTP-25: proxies and browsers are local, who uses them is not
+        call = Call(request, ids, _is_loopback(address) and not forwarded, address, reader, writer)  # HTTP-25: proxies and browsers are local, who uses them is not
         try:
             result = handler(self, call)
+            if asyncio.iscoroutine(result):
+                result = await result
         except (sqlite3.Error, storage.StoreError) as error:
             self.undo_all("storage_error", f"not stored: {error}")
             raise Denied(503, "storage_error", wire.ERRORS["storage_error"]) from None
@@ -2980,7 +3433,7 @@ class Broker(Turn):
 
     async def _serve_websocket(self, request: wire.Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = wire.Connection.accept(request, reader, writer, max_message=HELLO_BYTES)
-        link = Link(self, connection, asyncio.current_task(), self.monotonic())
+        link = Link(self, connection, asyncio.current_task(), self.monotonic(), request.headers["host"])
         self.metrics.add("broker_connections_total")
         self.waiting.add(link)
         try:
@@ -3157,28 +3610,33 @@ class Broker(Turn):
 
     # Signed HTTP
 
-    def signer(self, call: Call) -> str:
-        """The key that signed a request just now and for the first time (SPEC HTTP-23, HTTP-24). Raises `Denied`."""
+    def signer(self, call: Call, body: bytes | None = None) -> str:
+        """The key that signed a request just now and for the first time (SPEC HTTP-23, HTTP-24). Raises `Denied`.
+
+        `body` is what is signed in place of the body, where that has not been read yet.
+        """
         headers, request = call.request.headers, call.request
         key, stamp, signature = (headers.get(f"x-mesh-{name}", "") for name in ("key", "time", "signature"))
         if hex_key(key) is None or not re.fullmatch(r"\d{1,16}", stamp):
             raise Denied(401, "unauthorized", "expected the headers X-Mesh-Key, X-Mesh-Time and X-Mesh-Signature")
         if abs(self.clock() - int(stamp)) > wire.HELLO_SKEW_MS:
             raise Denied(401, "timestamp_skew", wire.ERRORS["timestamp_skew"])
-        text = wire.http_text(request.method, request.target, request.body, int(stamp), key)
+        text = wire.http_text(request.method, request.target, request.body if body is None else body, int(stamp), key)
         if not wire.verify(text, signature, key):
             raise Denied(401, "bad_signature", "the signature does not verify")
         if not self.http_signatures.add(signature, self.monotonic()):
             raise Denied(401, "replayed", "this very request was accepted before")
         return key.lower()
 
-    def authorise(self, call: Call, *, admin: bool) -> tuple[Mesh, str | None]:
+    def authorise(self, call: Call, *, admin: bool, mesh_id: str | None = None,
+                  body: bytes | None = None) -> tuple[Mesh, str | None]:
         """The mesh a request is about, and the id of the member who signed it, None for the owner.
 
-        `admin` asks for the owner or an admin, else any member will do (SPEC HTTP-26). Raises `Denied`.
+        `admin` asks for the owner or an admin, else any member will do (SPEC HTTP-26). `mesh_id` is the mesh's, if
+        it does not stand in the path. Raises `Denied`.
         """
-        key = self.signer(call)
-        mesh = self.find_mesh(call.ids[0])
+        key = self.signer(call, body)
+        mesh = self.find_mesh(call.ids[0] if mesh_id is None else mesh_id)
         if mesh is not None and key == mesh.row.owner_pubkey:
             return mesh, None
         member = mesh.by_pubkey.get(key) if mesh is not None else None
@@ -3208,6 +3666,38 @@ class Broker(Turn):
         if not allowed:
             raise Refused("forbidden", f"{url.host} is at no public address")
         return allowed
+
+    # Files
+
+    def download_url(self, link: Link, file: str) -> str:
+        """The address where the peer of `link`, whoever asks with it, gets a file for `TOKEN_MS` (SPEC FILE-9)."""
+        try:
+            base = wire.http_base(self.settings.public_url or f"{self.url.partition(':')[0]}://{link.host}")
+        except UsageError:  # the client's own Host header, which need not make sense
+            base = wire.http_base(self.url)
+        until = self.clock() + TOKEN_MS
+        proof = self.token(link.mesh.id, file, link.peer.key, until)
+        return f"{base}/download/{file}?mesh={link.mesh.id}&token={link.peer.key}.{until}.{proof}"
+
+    def token(self, mesh_id: str, file: str, key: str, until: int) -> str:
+        """The unguessable part of a download address."""
+        return hmac.new(self.token_secret, f"{mesh_id}|{file}|{key}|{until}".encode(), "sha256").hexdigest()
+
+    async def disk(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What `work` returns, from a thread: a slow disk holds up nobody else."""
+        return await self.loop.run_in_executor(self.threads, work, *args)
+
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[None]:
+        """The time in which a file comes or goes: then the socket is no stranger's any more. Raises `Denied`."""
+        if self.transfers >= MAX_TRANSFERS:
+            raise Denied(503, "capacity", f"{MAX_TRANSFERS} files are under way; try again later")
+        self.strangers.discard(asyncio.current_task())
+        self.transfers += 1
+        try:
+            yield
+        finally:
+            self.transfers -= 1
 
     # Status hooks
 
@@ -3288,6 +3778,7 @@ class Broker(Turn):
         for link in list(mesh.links):
             self._tick_link(mesh, link, now)
         self._tick_status(mesh)
+        _expire_relays(mesh, now)
         for peer in [p for p in mesh.peers.values() if p.link is None and now - p.left_at > GRACE_SECONDS]:
             end_presence(self, mesh, peer)  # PRES-5
         self._tick_claims(mesh)
@@ -3345,7 +3836,7 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-# --- 19. Command line -----------------------------------------------------------------------------
+# --- 21. Command line -----------------------------------------------------------------------------
 
 
 def default_data() -> Path:
@@ -3379,6 +3870,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--send-rate", type=int, default=0, metavar="N", help="messages per second and connection (default: no limit)")
     options.add_argument("--task-lease", type=int, default=TASK_LEASE_SECONDS, metavar="SECONDS",
                          help="a claimer gone for longer loses its tasks (default: %(default)s)")
+    options.add_argument("--max-file", type=int, default=MAX_FILE_BYTES, metavar="BYTES", help="largest file (default: %(default)s)")
+    options.add_argument("--file-quota", type=int, default=FILE_QUOTA_BYTES, metavar="BYTES",
+                         help="all files of a mesh (default: %(default)s)")
+    options.add_argument("--legacy-http", action="store_true",
+                         help="take uploads without a signature, as stock clients send them: no proof of membership")
     options.add_argument("--embedder", default="", metavar="MODULE:FUNCTION",
                          help="compares texts by this importable function, from a list of texts to lists of floats")
     options.add_argument("--watch-allow-private", action="store_true",

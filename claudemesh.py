@@ -20,9 +20,9 @@ What costs time is imported late: at the top stand only modules that load within
 annotations are strings here and named tuples stand where dataclasses would.
 
 Sections: 1 errors, lazy loading, private files, 2 configuration, 3 signed HTTP, invites, enrolment,
-4 MeshClient, 5 tool table, 6 the session and its tools, 7 notifications, 8 skills as prompts and
-resources, 9 the stdio server, 10 reaching the model: channel, hooks, wake, 11 at home in Claude Code:
-install, launch, doctor, 12 commands, 13 the demo, 14 main.
+4 MeshClient, 5 files, 6 tool table, 7 the session and its tools, 8 notifications, 9 skills as prompts and
+resources, 10 the stdio server, 11 reaching the model: channel, hooks, wake, 12 at home in Claude Code:
+install, launch, doctor, 13 commands, 14 the demo, 15 main.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ _IS_PROGRAM = os.path.basename(sys.argv[0] if sys.argv else "") == "claudemesh" 
 if _IS_PROGRAM:  # CLI-1: until `main` catches it, Ctrl-C ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import base64
 import collections
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import re
 import secrets
 import socket
+import stat
 import threading
 import time
 from pathlib import Path
@@ -222,6 +225,7 @@ _CONFIG = {
     "role": (lambda value: isinstance(value, str), "a text"),
     "groups": (lambda value: isinstance(value, list) and all(map(_is_group, value)), "a list of {name, role?}"),
     "messageMode": (lambda value: value in tuple(MODES), "push, inbox or off"),
+    "share": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of directories"),
 }
 
 
@@ -395,39 +399,58 @@ _CODE = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def http_call(base: str, method: str, path: str, body: Any = None, *, sign: wire.KeyPair | None = None,
-              headers: Mapping[str, str] | None = None, timeout: float = HTTP_TIMEOUT, raw: bool = False) -> Any:
+              signed: bytes | None = None, headers: Mapping[str, str] | None = None, timeout: float = HTTP_TIMEOUT,
+              raw: bool = False) -> Any:
     """One request to the broker at `base`; blocks. The JSON answer, or its bytes with `raw`.
 
-    `body` is bytes, None, or what JSON can say; `path` is the request target with its query; `sign`
-    proves membership or ownership (SPEC INV-26). Proxies are not used: the socket beside it, which
-    carries everything else, goes straight to the broker too. Raises `MeshError`: `offline`, the
-    broker's own code, or `http_<status>`.
+    `body` is bytes, None, what JSON can say, or a file with its length in `headers`; `path` is the request
+    target with its query; `sign` proves membership or ownership (SPEC INV-26), over `signed` in place of the body if
+    given. Raises `MeshError`: `offline`, the broker's own code, or `http_<status>`.
     """
     _load()
-    import http.client
-    from urllib.parse import urlsplit
-    data = body if isinstance(body, bytes) else b"" if body is None else wire.encode(body).encode()
-    parts = urlsplit(base)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+    data = body if isinstance(body, bytes) or hasattr(body, "read") else b"" if body is None else wire.encode(body).encode()
     head = {"Content-Type": "application/json", **(headers or {})}
     if sign:
         now = int(time.time() * 1000)
-        signature = wire.sign(wire.http_text(method, path, data, now, sign.public), sign.secret)
-        head |= {"X-Mesh-Key": sign.public, "X-Mesh-Time": str(now), "X-Mesh-Signature": signature}
+        text = wire.http_text(method, path, data if signed is None else signed, now, sign.public)
+        head |= {"X-Mesh-Key": sign.public, "X-Mesh-Time": str(now), "X-Mesh-Signature": wire.sign(text, sign.secret)}
+    status, content = _http_exchange(base, method, path, data, head, timeout,
+                                     lambda answer: (answer.status, answer.read(MAX_HTTP_ANSWER)))
+    return content if raw and status == 200 else _http_result(status, content, _host(base))
+
+
+def _host(base: str) -> str:
+    return base.partition("://")[2]
+
+
+def _http_exchange(base: str, method: str, path: str, data: Any, head: Mapping[str, str], timeout: float,
+                   take: Callable[[Any], Any]) -> Any:
+    """What `take` makes of the answer to one request. Proxies are not used: the socket beside it, which
+    carries everything else, goes straight to the broker too."""
+    import http.client
+    from urllib.parse import urlsplit
+    parts = urlsplit(base)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
-        connection.request(method, path, data, head)
+        connection = kind(parts.hostname or "", parts.port, timeout=timeout, blocksize=CHUNK_BYTES)
+    except (ValueError, http.client.InvalidURL):
+        raise MeshError("malformed", "that is no address") from None
+    try:
+        try:
+            connection.request(method, path, data, head)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # a long body may be refused before its end, and then the answer says why
         answer = connection.getresponse()
-        content = answer.read(MAX_HTTP_ANSWER)
+        result = take(answer)
         if answer.length:  # what `read` with a limit does not say
-            raise http.client.IncompleteRead(content, answer.length)
+            raise http.client.IncompleteRead(b"", answer.length)
+        return result
     except (OSError, http.client.HTTPException) as error:
         raise _unreachable_at(base, error) from None
     except ValueError:  # its text shows the header, which may be a secret
         raise wire.UsageError("a header has characters that HTTP cannot carry") from None
     finally:
         connection.close()
-    return content if raw and answer.status == 200 else _http_result(answer.status, content, parts.netloc)
 
 
 def _http_result(status: int, content: bytes, where: str) -> Json:
@@ -726,8 +749,8 @@ REQUEST_TIMEOUT = 5.0  #: seconds, for requests that are not named here
 REQUEST_TIMEOUTS = {
     "schedule": 8.0, "vault_set": 10.0, "vault_get": 10.0, "vault_list": 10.0, "vault_delete": 10.0,
     "watch": 10.0, "unwatch": 10.0, "watch_list": 10.0, "mcp_undeploy": 10.0, "mcp_logs": 10.0,
-    "mcp_scope": 10.0, "mcp_schema": 10.0, "mcp_catalog": 10.0, "peer_file_request": 15.0,
-    "peer_dir_request": 15.0, "mcp_call": 30.0, "skill_deploy": 30.0, "mcp_deploy": 60.0, "mcp_update": 60.0,
+    "mcp_scope": 10.0, "mcp_schema": 10.0, "mcp_catalog": 10.0, "peer_file_request": 20.0,
+    "peer_dir_request": 20.0, "mcp_call": 30.0, "skill_deploy": 30.0, "mcp_deploy": 60.0, "mcp_update": 60.0,
 }
 
 #: Requests that leave something behind in the connection: what it is about, the field that names it,
@@ -1451,6 +1474,32 @@ class MeshClient:
         if self.state == "closed":
             raise self._why_closed()
 
+    # ---- files (section 5)
+
+    @property
+    def mesh_id(self) -> str:
+        return self._membership["meshId"]
+
+    @property
+    def member_id(self) -> str:
+        return self._membership["memberId"]
+
+    @property
+    def member_keys(self) -> wire.KeyPair:
+        """What signs HTTP requests."""
+        return self._member
+
+    @property
+    def http_base(self) -> str:
+        """Where the broker speaks HTTP."""
+        return wire.http_base(self._membership["brokerUrl"])
+
+    def unseal(self, sealed: Any) -> bytes | None:
+        """The file key in a box for this session or its member, None if it is for neither."""
+        pairs = [pair for pair in (self._session, self._member) if pair is not None]
+        opened = (wire.open_sealed_key(sealed, pair.secret) for pair in pairs)
+        return next((key for key in opened if key is not None), None)
+
     # ---- peers
 
     async def peers(self) -> list[Json]:
@@ -1610,7 +1659,423 @@ def _fail(future: asyncio.Future[Any], error: MeshError) -> None:
         future.set_exception(error)
 
 
-# --- 5. Tool table ---------------------------------------------------------------------------------
+# --- 5. Files --------------------------------------------------------------------------------------
+# Coroutines over a connected client; what blocks (disk, HTTP) runs in threads. Then the directories a
+# session lets its peers read.
+
+FILE_TIMEOUT = 30.0  #: seconds for each step of a transfer
+MAX_FILE_BYTES = 52_428_800  #: of one to be encrypted, which must be held in memory; else the broker decides
+CHUNK_BYTES = 128 * 1024
+PEER_FILE_BYTES = 1024 * 1024  #: of a file that peers read directly
+PEER_LEVELS, PEER_ENTRIES, PEER_SCANNED = 2, 500, 10_000  #: of a listing: folders below folders, names, names looked at
+#: Names that peers never read (SERVE-4), in lower case; hidden ones neither.
+KEY_MATERIAL = re.compile(r"id_(rsa|dsa|ecdsa|ed25519).*|.*\.(pem|key|p12|pfx|p8|ppk|jks|keystore|kdbx|gpg|pgp|ovpn)"
+                          r"|(.*[._-])?(credential|secret|password|token)s?(\.(json|ya?ml|toml|ini|txt|env|conf|cfg|xml|properties))?"
+                          r"|.*\.env|.*\.tfstate|known_hosts|authorized_keys|shadow|passwd|.*\.htpasswd")
+PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File|AGE-SECRET-KEY-1")
+
+
+async def share_file(client: MeshClient, path: str | Path, *, to: str | None = None, name: str | None = None,
+                     tags: Iterable[str] = (), ephemeral: bool = False,
+                     progress: Callable[[int, int], None] | None = None) -> Json:
+    """Upload a file and return `{fileId, name, size, encrypted}` (SPEC SHARE-1).
+
+    Without `to` every member can read it. With a key, `@group` or `*` it is encrypted, for those who are meant
+    and belong to the mesh now (SHARE-2). `ephemeral`: it expires after 24 hours. `progress` is called in another
+    thread with the bytes sent and their number. Raises `UsageError`, `MeshError`.
+    """
+    path, target = Path(path), _target(to) if to else ""
+    shown = name or path.name
+    fault = wire.file_name_fault(shown)
+    if fault is not None:
+        raise wire.UsageError(f"the name {shown[:70]!r} {fault}")
+    key, keys = None, {}
+    if target:
+        key = os.urandom(wire.KEY_BYTES)
+        wanted = {client.member_key, *_both_keys(client, target)} if wire.hex_key(target) else {client.member_key}
+        keys = {peer: wire.seal_key(key, peer) for peer in sorted(wanted)}
+    headers = {"X-Mesh-Id": client.mesh_id, "X-Member-Id": client.member_id, "X-File-Name": wire.header_text(shown),
+               "X-Tags": json.dumps(list(tags)), "X-Persistent": "false" if ephemeral else "true",
+               "X-Target-Spec": wire.header_text(target), "X-Owner-Pubkey": client.key}
+    if key is not None:
+        headers |= {"X-Encrypted": "true", "X-File-Keys": json.dumps(
+            [{"peerPubkey": peer, "sealedKey": sealed} for peer, sealed in keys.items()])}
+    size, reply = await asyncio.to_thread(_upload, client, path, key, headers, progress)
+    for peer in reply.get("missing") or ():  # SHARE-2: whom the target reaches, and member keys, which outlive sessions
+        try:
+            sealed = wire.seal_key(key, peer)
+        except wire.UsageError:  # it is no key, so nobody has it
+            continue
+        await client.request("grant_file_access", fileId=reply["fileId"], peerPubkey=peer, sealedKey=sealed)
+    return {"fileId": reply["fileId"], "name": shown, "size": size, "encrypted": key is not None}
+
+
+def _both_keys(client: MeshClient, key: str) -> set[str]:
+    """A session's key and its member's, as far as the peers were listed."""
+    return {key} | {peer["memberPubkey"] for peer in client.known
+                    if peer["pubkey"] == key and wire.hex_key(peer.get("memberPubkey"))}
+
+
+def _upload(client: MeshClient, path: Path, key: bytes | None, headers: Json,
+            progress: Callable[[int, int], None] | None) -> tuple[int, Json]:
+    """The plain size, and the broker's answer. Plain files are read twice, for the digest and to send them."""
+    import mimetypes
+    if not path.is_file():  # asked first: opening a pipe waits for ever
+        raise wire.UsageError(f"{path} is no file")
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise wire.UsageError(f"{path} is empty")
+            if key is not None and size > MAX_FILE_BYTES - wire.BLOB_OVERHEAD:
+                raise MeshError("too_large", f"{path}: more than {MAX_FILE_BYTES - wire.BLOB_OVERHEAD} bytes, which is the most "
+                                             "that is encrypted")
+            body = _Counted(file, size, progress) if key is None else _Counted(
+                io.BytesIO(wire.encrypt_blob(file.read(), key)), size + wire.BLOB_OVERHEAD, progress)
+            kind = mimetypes.guess_type(headers["X-File-Name"])[0] if key is None else None
+            headers |= {"Content-Type": kind or "application/octet-stream", "Content-Length": str(body.total),
+                        "X-Mesh-Content-SHA256": body.digest()}
+            signed = wire.upload_text({name.lower(): value for name, value in headers.items()})
+            reply = http_call(client.http_base, "POST", "/upload", body, sign=client.member_keys, signed=signed,
+                              headers=headers, timeout=FILE_TIMEOUT)
+    except OSError as error:
+        raise wire.UsageError(f"{path}: {_reason(error)}") from None
+    if not _is_text(reply.get("fileId")):
+        raise MeshError("malformed", "the broker's answer names no file", reply)
+    return size, reply
+
+
+class _Counted:
+    """What an HTTP request reads its body from; tells how far it is."""
+
+    def __init__(self, file: IO[bytes], total: int, progress: Callable[[int, int], None] | None) -> None:
+        self.file, self.total, self.done, self.progress = file, total, 0, progress
+
+    def digest(self) -> str:
+        """SHA-256 of the whole, in hex."""
+        digest = hashlib.file_digest(self.file, "sha256").hexdigest()
+        self.file.seek(0)
+        return digest
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.done += len(data)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return data
+
+
+async def fetch_file(client: MeshClient, id: str, save_to: str | Path | None = None, *, overwrite: bool = False,
+                     progress: Callable[[int, int], None] | None = None) -> Json:
+    """Download a file, check and decrypt it, and return `{fileId, name, path, size, encrypted}` (SPEC SHARE-3).
+
+    `save_to` is a file or a directory, by default the working directory. Nothing is overwritten unless `overwrite`.
+    Raises `UsageError`, `MeshError`; then nothing is left behind.
+    """
+    info = await client.request("get_file", fileId=id)
+    key = None
+    if info.get("encrypted"):
+        key = client.unseal(info.get("sealedKey"))
+        if key is None:
+            raise MeshError("no_key", "no key of this session or member opens that file")
+    destination = Path(save_to or ".")
+    if destination.is_dir() or str(save_to).endswith("/"):
+        fault = wire.file_name_fault(info["name"])
+        if fault is not None:  # SHARE-4: neither the broker nor who shared it decides where something is written
+            raise MeshError("bad_name", f"the file's name {fault}; say what to save it as")
+        destination /= info["name"].lstrip(".") or "file"
+    size = await asyncio.to_thread(_save, info, key, destination, overwrite, progress)
+    return {"fileId": id, "name": info["name"], "path": str(destination), "size": size, "encrypted": key is not None}
+
+
+def _save(info: Json, key: bytes | None, destination: Path, overwrite: bool,
+          progress: Callable[[int, int], None] | None) -> int:
+    """Download what `info` describes beside `destination`, and put it there only when all of it is right."""
+    part = destination.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        if not overwrite and os.path.lexists(destination):
+            raise MeshError("exists", f"{destination} is there already, and was not overwritten")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            digest = _download(info["url"], file, info.get("size"), progress)
+        if info.get("sha256") not in (None, digest):
+            raise MeshError("checksum_mismatch", "what arrived is not what was shared: its SHA-256 differs")
+        if key is not None:
+            plain = wire.decrypt_blob(part.read_bytes(), key)
+            if plain is None:
+                raise MeshError("decrypt_failed", "the content was altered, or encrypted with another key")
+            part.write_bytes(plain)
+        size = part.stat().st_size
+        _settle(part, destination, overwrite)
+        return size
+    except OSError as error:
+        raise MeshError("not_saved", f"{destination}: {_reason(error)}") from None
+    finally:
+        _drop(part)
+
+
+def _drop(part: Path) -> None:
+    try:
+        part.unlink(missing_ok=True)
+    except OSError:  # no directory in which it could be
+        pass
+
+
+def _settle(part: Path, destination: Path, overwrite: bool) -> None:
+    """Move a finished file to its place; what has come there meanwhile stays, unless `overwrite` (SHARE-4)."""
+    try:
+        if not overwrite:
+            open(destination, "xb").close()
+    except FileExistsError:
+        raise MeshError("exists", f"{destination} is there already, and was not overwritten") from None
+    os.replace(part, destination)
+
+
+def _download(url: str, file: IO[bytes], size: int | None, progress: Callable[[int, int], None] | None) -> str:
+    """GET `url` into `file`, never more than was announced; the SHA-256. Raises `MeshError`, `OSError` of the file."""
+    digest, done = hashlib.sha256(), 0
+    base, separator, rest = url.partition("://")
+    host, slash, target = rest.partition("/")
+    if base not in ("http", "https") or not slash:
+        raise MeshError("malformed", "the broker's answer has no usable address")
+
+    def take(answer: Any) -> None:
+        nonlocal done
+        if answer.status != 200:
+            _http_result(answer.status, answer.read(CHUNK_BYTES), host)
+            raise MeshError("malformed", f"HTTP {answer.status} instead of the file")
+        limit = MAX_HTTP_ANSWER if size is None else size
+        while chunk := answer.read(min(CHUNK_BYTES, limit + 1 - done)):
+            done += len(chunk)
+            digest.update(chunk)
+            if done > limit:
+                break
+            try:
+                file.write(chunk)
+            except OSError as error:
+                raise MeshError("not_saved", f"{file.name}: {_reason(error)}") from None
+            if progress is not None:
+                progress(done, limit)
+
+    _http_exchange(f"{base}{separator}{host}", "GET", slash + target, None, {}, FILE_TIMEOUT, take)
+    if size is not None and done != size:
+        raise MeshError("truncated", f"{size} bytes were announced, {'more' if done > size else done} arrived")
+    return digest.hexdigest()
+
+
+def save_bytes(data: bytes, destination: Path) -> None:
+    """Write a new file, whole or not at all; one that is there stays (SHARE-4). Raises `MeshError`."""
+    part = destination.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        _settle(part, destination, False)
+    except OSError as error:
+        raise MeshError("not_saved", f"{destination}: {_reason(error)}") from None
+    finally:
+        _drop(part)
+
+
+async def grant_file(client: MeshClient, id: str, key: str) -> None:
+    """Let another peer read an encrypted file of one's own: its key is sealed for the session and the member (SHARE-5)."""
+    info = await client.request("get_file", fileId=id)
+    if not info.get("encrypted"):
+        raise MeshError("not_encrypted", "the file is not encrypted; who may read it needs no key")
+    file_key = client.unseal(info.get("sealedKey"))
+    if file_key is None:
+        raise MeshError("no_key", "no key of this session or member opens that file")
+    for peer in sorted(_both_keys(client, key)):
+        await client.request("grant_file_access", fileId=id, peerPubkey=peer, sealedKey=wire.seal_key(file_key, peer))
+
+
+def attachment(shared: Json) -> str:
+    """How a message names a file that goes with it (SPEC SHARE-6)."""
+    return f"[attached: {shared['name']}, {shared['size']} bytes, file id {shared['fileId']}; get_file saves it]"
+
+
+async def read_peer_file(client: MeshClient, peer: str, path: str) -> bytes:
+    """The content of a file in a directory that `peer`, a key, shares. Raises `MeshError`."""
+    reply = await client.request("peer_file_request", targetPubkey=peer, filePath=path)
+    if reply.get("error") or reply.get("content") is None:
+        raise MeshError("peer_refused", f"{path}: {reply.get('error') or 'the peer sent nothing'}")
+    try:
+        return base64.b64decode(reply["content"], validate=True)
+    except ValueError:
+        raise MeshError("malformed", "the peer's answer is not base64") from None
+
+
+async def list_peer_files(client: MeshClient, peer: str, path: str = ".", pattern: str | None = None) -> list[str]:
+    """Names in a directory that `peer` shares; directories end in `/`. Raises `MeshError`."""
+    reply = await client.request("peer_dir_request", targetPubkey=peer, dirPath=path, **({"pattern": pattern} if pattern else {}))
+    if reply.get("error") or reply.get("entries") is None:
+        raise MeshError("peer_refused", f"{path}: {reply.get('error') or 'the peer sent nothing'}")
+    return reply["entries"]
+
+
+class SharedDirectories:
+    """What peers may read of this machine: nothing, or what lies below these directories (SPEC SERVE-1 to SERVE-6).
+
+    A path is walked name by name from a directory that was opened at the start, and no link is followed on the way,
+    so nothing that is renamed or replaced meanwhile leads out.
+    """
+
+    def __init__(self, paths: Iterable[str | Path] = (), home: str | None = None) -> None:
+        """`home`: where the configuration is kept, besides `config_dir()`. Raises `UsageError` for what cannot be shared."""
+        self.own = {os.path.realpath(config_dir()), os.path.realpath(home or config_dir())}
+        self.roots: list[int] = []
+        for path in paths:
+            real = Path(os.path.realpath(Path(path).expanduser()))
+            try:
+                self.roots.append(os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            except OSError as error:
+                raise _usage(f"{path} cannot be shared: {_reason(error)}") from None
+            if any(Path(own) in (real, *real.parents) for own in self.own):
+                raise _usage(f"{path} cannot be shared: it holds your keys")
+
+    def serve(self, client: MeshClient) -> None:
+        """Answer what peers ask of `client`."""
+        client.handlers["peer_file_request_forward"] = lambda frame: self._answer(
+            client, frame, "peer_file_response", "filePath", self._content)
+        client.handlers["peer_dir_request_forward"] = lambda frame: self._answer(
+            client, frame, "peer_dir_response", "dirPath", self._names)
+
+    def _answer(self, client: MeshClient, frame: Json, type: str, path: str, look: Callable[[Json], Json]) -> None:
+        def answered(done: asyncio.Future[Json]) -> None:
+            client.post(type, requesterPubkey=frame["requesterPubkey"], _reqId=frame.get("_reqId", ""),
+                        **{path: frame[path]}, **done.result())
+        asyncio.get_running_loop().run_in_executor(None, self._looked, look, frame).add_done_callback(answered)
+
+    def _looked(self, look: Callable[[Json], Json], frame: Json) -> Json:
+        try:
+            return look(frame)
+        except MeshError as error:
+            return {"error": error.message}
+        except (OSError, ValueError) as error:
+            reasons = {errno.ENOENT: "not found", errno.ENOTDIR: "not a directory", errno.ELOOP: "links are not followed"}
+            return {"error": reasons.get(getattr(error, "errno", None), "cannot be read")}
+
+    def _content(self, frame: Json) -> Json:
+        return {"content": base64.b64encode(self.read(frame["filePath"])).decode()}
+
+    def _names(self, frame: Json) -> Json:
+        return {"entries": self.names(frame["dirPath"], frame.get("pattern"))}
+
+    def read(self, path: str) -> bytes:
+        """The content of the file at `path`. Raises `MeshError` for what is not served, `OSError`."""
+        *folders, name = self._parts(path) or [""]
+        for folder in self._open(folders, name):
+            try:
+                if not stat.S_ISREG(os.stat(name or ".", dir_fd=folder, follow_symlinks=False).st_mode):
+                    raise MeshError("not_served", "not a file")
+                # O_NONBLOCK: it may have become a pipe meanwhile, on which opening would wait for ever
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+                with open(file, "rb") as content:
+                    return self._checked(content)
+            finally:
+                os.close(folder)
+        raise MeshError("not_served", "this session shares no files" if not self.roots else "not found")
+
+    def _checked(self, file: IO[bytes]) -> bytes:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise MeshError("not_served", "not a file")
+        data = file.read(PEER_FILE_BYTES + 1)
+        if len(data) > PEER_FILE_BYTES:  # SERVE-5
+            raise MeshError("not_served", f"too large: {max(found.st_size, len(data))} bytes, at most {PEER_FILE_BYTES}")
+        if PRIVATE_KEY.search(data):
+            raise MeshError("not_served", "key material is not served")  # SERVE-4
+        return data
+
+    def names(self, path: str, pattern: str | None = None) -> list[str]:
+        """What is in the directory at `path` and below it, as paths relative to it. Raises as `read`."""
+        parts, found, scanned, opened = self._parts(path), [], [PEER_SCANNED], False
+        for folder in self._open(parts, ""):
+            opened = True
+            self._collect(folder, "", 0, found, scanned, pattern)
+        if not opened:
+            raise MeshError("not_served", "this session shares no files" if not self.roots else "not found")
+        return sorted(set(found))[:PEER_ENTRIES]
+
+    def _collect(self, folder: int, prefix: str, level: int, found: list[str], scanned: list[int], pattern: str | None) -> None:
+        """Adds what is in an open directory, which is closed, and in those below it (SERVE-5)."""
+        folders = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    scanned[0] -= 1
+                    if scanned[0] < 0 or len(found) >= PEER_ENTRIES:
+                        break
+                    directory = entry.is_dir(follow_symlinks=False)
+                    if self._hidden(entry.name) or not (directory or entry.is_file(follow_symlinks=False)):
+                        continue
+                    shown = prefix + entry.name
+                    if not pattern or fits(pattern, shown if "/" in pattern else entry.name):
+                        found.append(shown + "/" * directory)
+                    if directory and level < PEER_LEVELS:
+                        folders.append(entry.name)
+            for name in sorted(folders):
+                try:
+                    self._collect(self._enter(folder, name), f"{prefix}{name}/", level + 1, found, scanned, pattern)
+                except (OSError, MeshError):
+                    continue  # not readable, or gone
+        finally:
+            os.close(folder)
+
+    def _parts(self, path: str) -> list[str]:
+        """The names on the way to `path`. Raises `MeshError` for a path that leads out, or to what is hidden (SERVE-2)."""
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if path.startswith(("/", "~")) or ".." in parts or "\\" in path or not path.isprintable():
+            raise MeshError("not_served", "only paths below the shared directory are served, relative to it")
+        if any(map(self._hidden, parts)):
+            raise MeshError("not_served", "hidden files and key material are not served")
+        return parts
+
+    def _hidden(self, name: str) -> bool:
+        return name.startswith(".") or not name.isprintable() or KEY_MATERIAL.fullmatch(name.casefold()) is not None  # SERVE-4
+
+    def _open(self, folders: list[str], name: str) -> Iterator[int]:
+        """The directory at `folders` in each root that has it, with `name` in it; the caller closes it."""
+        for root in self.roots:
+            folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+            try:
+                for part in folders:
+                    inner = self._enter(folder, part)
+                    os.close(folder)
+                    folder = inner
+                here = not name or name in os.listdir(folder)
+            except FileNotFoundError:
+                here = False
+            except BaseException:
+                os.close(folder)
+                raise
+            if here:
+                yield folder
+            else:
+                os.close(folder)
+
+    def _enter(self, folder: int, name: str) -> int:
+        """The directory `name` in an open one; no link, spelt as it is listed, not our own (SERVE-3)."""
+        if name not in os.listdir(folder):  # else a file system without case would let names through that are refused
+            raise FileNotFoundError(errno.ENOENT, "not found")
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        if any(os.path.isdir(own) and os.path.samestat(os.fstat(inner), os.stat(own)) for own in self.own):
+            os.close(inner)
+            raise MeshError("not_served", "hidden files and key material are not served")
+        return inner
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether `pattern`, in which `*` is any run of characters and `?` one, occurs in `name`, ignoring case."""
+    at = 0
+    for piece in pattern.casefold().split("*"):  # one after the other: each where it first can be is never worse
+        match = re.compile(re.escape(piece).replace(r"\?", ".")).search(name.casefold(), at)
+        if match is None:
+            return False
+        at = match.end()
+    return True
+
+
+# --- 6. Tool table ---------------------------------------------------------------------------------
 # One row a tool. `params` maps each argument to its JSON schema, `!` marks what must be given.
 # `scope` says which meshes a call without `mesh` means when several are joined (MCP-21): READ asks
 # all of them, WRITE wants one named, PRESENCE goes to all. A row with `request` needs no code: its
@@ -1741,7 +2206,9 @@ TOOLS = (
                   "description": "Name, key, @group or *, or a list of them."},
           "message!": _text("The text."),
           "priority": _text("now: even to a busy peer; next (default): when it is idle; low: no hurry.",
-                            *PRIORITIES)},
+                            *PRIORITIES),
+          "file": _text("Path of a file to go with it, encrypted for the recipients; they have a day to get it."),
+          "files": _texts("Paths of several such files.")},
          WRITE, handler="send", eager=True),
     Tool("list_peers", "Show who is on the mesh: name, status, groups, key, folder, what they work on.",
          {"group": _text("Only peers in this group or below it."),
@@ -1924,6 +2391,34 @@ TOOLS = (
          ("webhooks", "- {name}: {url}, since {createdAt}", "There is no webhook.")),
     Tool("delete_webhook", "Close a webhook, so that its address works no more.", {"name!": _text("Its name.")},
          WRITE, "delete_webhook", "Webhook {name} is closed."),
+    Tool("share_file", "Upload a file of this machine for the mesh. Without `to` every peer and the broker can read it; "
+         "with `to` it is encrypted for that peer, @group or * (whoever belongs to it now).",
+         {"path!": _text("The file."), "name": _text("What others see it as (default: its own name)."),
+          "tags": _texts("Words to find it by."), "to": _text("A peer's name or key, @group or *.")},
+         WRITE, handler="share_file"),
+    Tool("get_file", "Save a shared file on this machine, decrypted and checked.",
+         {"id!": _text("The whole file id."), "save_to!": _text("A file or an existing directory."),
+          "overwrite": {"type": "boolean", "description": "Replace what is there (default: refuse)."}},
+         WRITE, handler="get_file"),
+    Tool("list_files", "List the newest shared files this session may read.",
+         {"query": _text("Part of the name."), "from": _text("Exact name of who shared it.")},
+         READ, "list_files", ("files", "- **{name}** id {id}, {size} bytes, by {uploadedBy} at {uploadedAt}, tags: {tags}, "
+                              "encrypted: {encrypted}, kept: {persistent}", "There is no such file.")),
+    Tool("file_status", "Who downloaded a shared file, and when.", {"id!": _text("The whole file id.")},
+         READ, "file_status", ("accesses", "- {peerName} at {accessedAt} (complete: {complete})", "Nobody has downloaded it."),
+         rename={"id": "fileId"}),
+    Tool("delete_file", "Stop sharing a file of one's own (an admin: any file).", {"id!": _text("The whole file id.")},
+         WRITE, "delete_file", "Deleted {id!r}.", rename={"id": "fileId"}),
+    Tool("grant_file_access", "Let one more peer read an encrypted file that this session's member shared.",
+         {"fileId!": _text("The whole file id."), "to!": _text("A peer's name or key.")}, WRITE, handler="grant_file_access"),
+    Tool("read_peer_file", "Read a file, at most 1 MiB, in a directory that another peer shares (not all do).",
+         {"peer!": _text("Name or key of the peer."), "path!": _text("Path below its shared directory."),
+          "save_to": _text("Save it here instead of showing it; needed for what is no text.")},
+         READ, handler="read_peer_file"),
+    Tool("list_peer_files", "List a directory that another peer shares, and two levels below it; at most 500 names.",
+         {"peer!": _text("Name or key of the peer."), "path": _text("Path below its shared directory (default: all of it)."),
+          "pattern": _text("* is any run of characters, ? one; compared with names, with paths if it has a /.")},
+         READ, handler="list_peer_files"),
 )
 TOOL = {tool.name: tool for tool in TOOLS}
 
@@ -2034,7 +2529,7 @@ def render(shape: str | tuple[str, str, str] | Callable[[Json, Json], str], args
     return "\n".join(lines) or empty
 
 
-# --- 6. The session and its tools ------------------------------------------------------------------
+# --- 7. The session and its tools ------------------------------------------------------------------
 
 CONNECT_PATIENCE = 5.0   # seconds a tool call waits for a mesh that is still making its first connection
 CLOSE_BUDGET = 0.05      # seconds for saying goodbye to the brokers (MCP-8)
@@ -2058,9 +2553,11 @@ NO_MESH = "No mesh is joined. Run `claudemesh join <invite link>` in a terminal,
 class Identity:
     """Who this session is, read from configuration and environment before anything heavy is loaded."""
 
-    def __init__(self, config: Json, env: Mapping[str, str], trouble: str | None = None) -> None:
+    def __init__(self, config: Json, env: Mapping[str, str], trouble: str | None = None,
+                 shared: SharedDirectories | None = None) -> None:
         self.env, self.trouble = env, trouble  # what is wrong with the configuration at the start, if anything
         self.follow(config)
+        self.shared = shared or SharedDirectories()
         # MCP-11: only a session that can be resumed has keys that are kept under its id. The host's own word goes
         # first: a session started inside another one inherits the other variable.
         self.session_id = env.get("CLAUDE_CODE_SESSION_ID") or env.get("CLAUDEMESH_SESSION_ID")
@@ -2076,8 +2573,10 @@ class Identity:
 
     def client(self, membership: Json) -> MeshClient:
         """A client for one mesh, not yet connected."""
-        return MeshClient(membership, name=self.name, session_id=self.session_id, auto_shown=False,
-                          config_dir=self.home, groups=self.config.get("groups") or (), hello=self.hello)
+        client = MeshClient(membership, name=self.name, session_id=self.session_id, auto_shown=False,
+                            config_dir=self.home, groups=self.config.get("groups") or (), hello=self.hello)
+        self.shared.serve(client)
+        return client
 
 
 INSTRUCTIONS = """\
@@ -2099,7 +2598,7 @@ check_messages lists everything not shown yet; call it at natural pauses if no c
 Other tools (search for them by name): list_peers (who is here), set_summary (do this when work starts), set_status, \
 join_group, set_state, get_state, remember, recall (lasting knowledge), share_context, get_context, create_task, \
 claim_task, list_tasks, publish, subscribe (streams), share_skill, list_skills, vector_search (by similarity), \
-mesh_query, mesh_execute (SQL), schedule_reminder (later, or by cron), mesh_watch (a URL), create_webhook, mesh_info, \
+mesh_query, mesh_execute (SQL), share_file, get_file, list_files, read_peer_file, schedule_reminder (later, or by cron), mesh_watch (a URL), create_webhook, mesh_info, \
 ping_mesh (when something seems stuck).
 
 Message mode is {mode}: {meaning}."""
@@ -2377,11 +2876,19 @@ class Session:
                 raise address
             link, spec = address
             priority = args.get("priority", "next")
-            ack = await link.client.send(spec, args["message"], priority)
+            text = await self._with_files(link, spec, args)
+            ack = await link.client.send(spec, text, priority)
             busy = await withheld(link.client, ack, priority)
         except Exception as error:
             return False, f"FAILED {label(target)}: {explain(error)}"
         return True, sent_line(label(target), link.slug, ack, busy)
+
+    async def _with_files(self, link: Link, spec: str, args: Json) -> str:
+        """The text of a message; the files that go with it are there when it arrives (SHARE-6)."""
+        paths = [*([args["file"]] if "file" in args else []), *args.get("files", ())]
+        client = await link.ready() if paths else link.client
+        shared = [await share_file(client, self._path(path), to=spec, ephemeral=True) for path in paths]
+        return "\n".join([args["message"], *map(attachment, shared)])
 
     async def address(self, target: str, args: Json) -> tuple[Link, str]:
         """The mesh and the wire target that `target` means (MCP-31). Raises `MeshError`, never guesses."""
@@ -2451,6 +2958,71 @@ class Session:
             return _bounded([scheduled_line(entry, client) for entry in entries] or ["Nothing is scheduled."])
         return await self.report(tool, args, ask)
 
+    # Files
+
+    def _path(self, path: str) -> Path:
+        """A path of a call: relative ones are meant from the session's directory (MCP-70)."""
+        return Path(self.identity.hello.get("cwd") or "").joinpath(Path(path).expanduser())
+
+    async def share_file(self, tool: Tool, args: Json) -> Outcome:
+        link, to = await self.address(args["to"], args) if "to" in args else (self.pick(args, WRITE)[0], None)
+        shared = await share_file(await link.ready(), self._path(args["path"]), to=to, name=args.get("name"),
+                                  tags=args.get("tags", ()))
+        secrecy = f"encrypted for {label(args['to'])}" if to else "not encrypted: every peer and the broker can read it"
+        return True, f"Shared {label(shared['name'])} on {link.slug}: id {shared['fileId']}, {shared['size']} bytes, {secrecy}."
+
+    async def get_file(self, tool: Tool, args: Json) -> Outcome:
+        link = self.pick(args, WRITE)[0]
+        got = await fetch_file(await link.ready(), args["id"], self._path(args["save_to"]),
+                               overwrite=args.get("overwrite", False))
+        return True, (f"{label(got['name'])} → {one_line(got['path'])}, {got['size']} bytes"
+                      f"{', decrypted' if got['encrypted'] else ''}.")
+
+    async def grant_file_access(self, tool: Tool, args: Json) -> Outcome:
+        link, key = await self.address(args["to"], args)
+        if wire.hex_key(key) is None:
+            raise MeshError("bad_argument", "Access is granted to one peer: give its name or key.")
+        await grant_file(await link.ready(), args["fileId"], key)
+        return True, f"{label(args['to'])} can now read {label(args['fileId'])}."
+
+    async def _peer(self, args: Json) -> tuple[MeshClient, Json]:
+        """The client of the mesh where a peer is, and what is known of it."""
+        link, key = await self.address(args["peer"], args)
+        if wire.hex_key(key) is None:
+            raise MeshError("bad_argument", "Files are asked of one peer: give its name or key.")
+        client = await link.ready()
+        return client, next((peer for peer in client.known if peer["pubkey"] == key), {"pubkey": key})
+
+    async def read_peer_file(self, tool: Tool, args: Json) -> Outcome:
+        client, peer = await self._peer(args)
+        data = await read_peer_file(client, peer["pubkey"], args["path"])
+        here = await asyncio.to_thread(self._direct_path, peer, args["path"], data)
+        if "save_to" in args:
+            path = self._path(args["save_to"])
+            await asyncio.to_thread(save_bytes, data, path)
+            return True, f"{one_line(args['path'])} → {one_line(path)}, {len(data)} bytes.{here}"
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:  # MCP-71
+            raise MeshError("not_text", f"{one_line(args['path'])} is no text ({len(data)} bytes): give save_to.") from None
+        return True, (here.strip() + "\n" if here else "") + text
+
+    def _direct_path(self, peer: Json, path: str, data: bytes) -> str:
+        """Where that very content is, if the peer runs on this machine; what it says of itself proves nothing (MCP-72)."""
+        direct = Path(peer.get("cwd") or "") / path
+        try:
+            if (peer.get("cwd") and peer.get("hostname") == socket.gethostname() and direct.is_file()
+                    and direct.stat().st_size == len(data) and direct.read_bytes() == data):
+                return f' (This peer is on your host: the file is "{label(direct, 500)}".)'
+        except (OSError, ValueError):
+            pass
+        return ""
+
+    async def list_peer_files(self, tool: Tool, args: Json) -> Outcome:
+        client, peer = await self._peer(args)
+        names = await list_peer_files(client, peer["pubkey"], args.get("path", "."), args.get("pattern"))
+        return True, _bounded(list(map(one_line, names)) or ["There is nothing that fits."])
+
     # Reading tools with a form of their own
 
     async def list_peers(self, tool: Tool, args: Json) -> Outcome:
@@ -2512,7 +3084,7 @@ class Session:
         mode = f"message mode: {self.identity.mode} ({MODES[self.identity.mode]})"
         return any(ok for _, ok, _ in answers), "\n\n".join([*texts, f"{mode}\nunread: {self.unread.count()}"])
 
-    # Skills as prompts and resources (their texts are in section 8)
+    # Skills as prompts and resources (their texts are in section 9)
 
     async def skills(self) -> dict[str, tuple[Link, Json]]:
         """The skills of every mesh that is connected now, by the name they are listed under (MCP-60).
@@ -2555,7 +3127,7 @@ class Session:
             for kind in ("prompts", "resources"):
                 self.notify(f"notifications/{kind}/list_changed", {})
 
-    # Notifications (their texts are in section 7)
+    # Notifications (their texts are in section 8)
 
     def start(self) -> None:
         """The host is ready for notifications: send what waited for that, in order (MCP-41)."""
@@ -2705,7 +3277,7 @@ def attributes(meta: Mapping[str, str]) -> str:
     return " ".join(f'{key}="{value}"' for key, value in meta.items() if key != "eventData")
 
 
-# --- 7. Notifications ------------------------------------------------------------------------------
+# --- 8. Notifications ------------------------------------------------------------------------------
 # A channel notification is a text and a flat meta of strings. Everything in the meta is computed here
 # from what was verified, never taken from the text; everything a peer wrote is made harmless first.
 
@@ -2881,7 +3453,7 @@ def closed_note(link: Link, error: MeshError) -> Note:
         link, kind="system", event="connection_closed", code=error.code)
 
 
-# --- 8. Skills as prompts and resources ------------------------------------------------------------
+# --- 9. Skills as prompts and resources ------------------------------------------------------------
 # A skill is a text of a peer's. What stands before it is YAML whose values are written as JSON, which is
 # YAML too: no quote or line break in a value can end it.
 
@@ -2953,7 +3525,7 @@ def skill_name(uri: str) -> str:
     return unquote(uri.removeprefix(SKILL_URI))
 
 
-# --- 9. The stdio server ---------------------------------------------------------------------------
+# --- 10. The stdio server --------------------------------------------------------------------------
 # Three threads around the event loop of the main thread. The reader answers what needs no mesh from
 # data alone, so the host never waits for imports; the writer owns stdout; the watchdog ends the
 # process in time whatever the others are stuck in.
@@ -3266,14 +3838,31 @@ def run_mcp(args: object = None) -> int:
     host is gone; nothing heavy is imported before `initialize` is answered."""
     if os.isatty(0):
         log("waits for an MCP host on standard input, such as Claude Code; Ctrl-C ends it")  # MCP-3
-    source, sink = take_stdio()
     config, trouble = _read_config()
+    shared = SharedDirectories([*getattr(args, "share", ()), *(config or {}).get("share", ())],  # SERVE-1
+                               (config or {}).get("home"))
+    source, sink = take_stdio()
     if trouble:
         log(trouble)
-    return StdioServer(source, sink, Identity(config or {"meshes": []}, os.environ, trouble)).run()
+    return StdioServer(source, sink, Identity(config or {"meshes": []}, os.environ, trouble, shared)).run()
 
 
-# --- 10. Reaching the model ------------------------------------------------------------------------
+class McpArguments:
+    """What `claudemesh mcp` was given, read without argparse, which costs a tenth of the time there is (CLI-15)."""
+
+    def __init__(self, words: list[str]) -> None:
+        """Raises `ValueError` for what only argparse can deal with: help, and mistakes."""
+        self.share: list[str] = []
+        given = iter(words)
+        for word in given:
+            option, equals, value = word.partition("=")
+            value = value if equals else next(given, "")
+            if option != "--share" or not value:
+                raise ValueError
+            self.share.append(value)
+
+
+# --- 11. Reaching the model ------------------------------------------------------------------------
 # What was delivered to this process is not yet seen by the model. Three ways lead there: the channel, at
 # once but without an answer; hooks, which Claude Code runs at the turning points of a session and whose
 # output it shows to the model; and wake, a hook that waits in the background. `Reach` decides what goes
@@ -3819,7 +4408,7 @@ def _host_pids() -> list[int]:
     return [parent, above] if name in SHELLS else [parent]
 
 
-# --- 11. At home in Claude Code --------------------------------------------------------------------
+# --- 12. At home in Claude Code --------------------------------------------------------------------
 # Claude Code's own files, which are not ours: a change touches our entries only, is made under a lock on what
 # is read just before it, replaces the file in one step, and leaves a copy of what was there (SPEC HOME).
 
@@ -4248,7 +4837,8 @@ def _private_config(args: argparse.Namespace, ask: bool, entry: Json,
     if args.name is not None and not args.name.strip():
         raise _usage("--name is empty")
     private = {"version": 1, "meshes": [entry], "displayName": _free_name(args, config, entry, again),
-               "role": role, "groups": groups, "messageMode": mode or "push", "home": str(_home())}
+               "role": role, "groups": groups, "messageMode": mode or "push", "home": str(_home()),
+               "share": config.get("share")}  # SERVE-1
     return {key: value for key, value in private.items() if value}
 
 
@@ -4718,8 +5308,8 @@ def whereabouts(row: Json, peer: Json | None) -> str:
     return f"It waits at the broker, which is about to push it to {name}."
 
 
-# --- 12. Commands ---------------------------------------------------------------------------------
-# One function a command, in the order of `COMMANDS` (section 14), which declares their arguments. A
+# --- 13. Commands ---------------------------------------------------------------------------------
+# One function a command, in the order of `COMMANDS` (section 15), which declares their arguments. A
 # command prints to stdout only what was asked for and returns its exit code, None for 0; whatever goes
 # wrong is raised, and becomes one line on stderr in `main`. Commands that talk to a broker are coroutines.
 
@@ -4741,6 +5331,7 @@ HEALTH_LIMIT_S = 2.0  #: how long a broker on this machine may take to answer /h
 BROKER_START_S = 15.0  #: `up`: how long a new broker may take until it answers
 BROKER_STOP_S = 10.0  #: `down`: how long a broker may take to end before it is killed
 POLL_S = 0.02  #: how often `up` and `down` look again; a process that is no child gives no signal
+BAR_BYTES = 2**20  #: transfers of fewer bytes are over before a bar can be read
 STATUS_EVERY_S = 0.25  #: `send --wait`: how often message_status is asked
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}  #: of a duration, in seconds
 SETTLED = ("delivered", "shown", "expired")  #: states in which nothing more happens by itself
@@ -5219,6 +5810,9 @@ async def _do_send(args: argparse.Namespace) -> int:
     problem: MeshError | None = None
     async with _quiet(args) as client:
         target, name = await _recipient(client, args.to)
+        for path in args.file:
+            with _Bar(path) as bar:
+                text += "\n" + attachment(await share_file(client, path, to=target, ephemeral=True, progress=bar))
         ack = await client.send(target, text, args.priority)
         busy = await withheld(client, ack, args.priority)
         if args.wait is not None:
@@ -5279,6 +5873,61 @@ async def _follow(client: MeshClient, message_id: str, wait: float) -> list[Json
         if all(row["state"] in SETTLED for row in recipients) or time.monotonic() >= deadline:
             return recipients
         await asyncio.sleep(min(STATUS_EVERY_S, max(0.0, deadline - time.monotonic())))
+
+
+async def _do_share(args: argparse.Namespace) -> None:
+    """Upload a file, encrypted if it is for somebody (CLI-31)."""
+    async with _quiet(args) as client:
+        target, name = await _recipient(client, args.to) if args.to else (None, None)
+        with _Bar(args.path) as bar:
+            shared = await share_file(client, args.path, to=target, name=args.name, tags=args.tag,
+                                      ephemeral=args.ephemeral, progress=bar)
+    if args.json:
+        return _print_json({**shared, "mesh": client.slug, "to": name})
+    secrecy = f"encrypted for {_shown(name)}" if target else "not encrypted: every member and the broker can read it"
+    print(f"shared {_shown(shared['name'])} on {client.slug}: {shared['size']} bytes; {secrecy}\n"
+          f"claudemesh get {_shown(shared['fileId'])}")
+
+
+async def _do_get(args: argparse.Namespace) -> None:
+    async with _quiet(args) as client:
+        with _Bar(args.id) as bar:
+            got = await fetch_file(client, args.id, args.to, overwrite=args.force, progress=bar)
+    if args.json:
+        return _print_json({**got, "mesh": client.slug})
+    print(f"saved {_shown(got['path'])}: {got['size']} bytes{', decrypted' if got['encrypted'] else ''}")
+
+
+async def _do_files(args: argparse.Namespace) -> None:
+    wanted = {name: value for name, value in (("query", args.query), ("from", args.uploader)) if value}
+    async with _quiet(args) as client:
+        files = (await client.request("list_files", **wanted))["files"]
+    _print_table(args, files, {
+        "ID": "id", "NAME": "name", "BYTES": "size", "BY": "uploadedBy", "AT": lambda file: _local_time(file["uploadedAt"]),
+        "EXPIRES": lambda file: _local_time(file.get("expiresAt")), "": lambda file: " ".join(filter(None, [
+            file["encrypted"] and "encrypted", file.get("target"), *file["tags"]]))})
+
+
+class _Bar:
+    """How far a large transfer is, on a terminal; elsewhere nothing (CLI-30)."""
+
+    def __init__(self, what: object) -> None:
+        self.what, self.drawn = _shown(what), -1
+        self.wanted = sys.stdout.isatty() and sys.stderr is not None and sys.stderr.isatty()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = done * 100 // total
+        if self.wanted and total >= BAR_BYTES and percent != self.drawn:
+            self.drawn = percent
+            print(f"\r{self.what[:40]}  [{'#' * (percent // 4):<25}] {percent:3}% of {total / 2**20:.1f} MiB",
+                  end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.drawn >= 0:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 async def _do_inbox(args: argparse.Namespace) -> None:
@@ -5589,7 +6238,7 @@ async def _unreachable(entry: Json) -> str | None:
         return f"no answer in {STATUS_LIMIT_S:g} s"
 
 
-# --- 13. The demo ---------------------------------------------------------------------------------
+# --- 14. The demo ---------------------------------------------------------------------------------
 # `claudemesh demo` shows the whole way on this machine through the real programs: a broker process with
 # a database file, two members with a configuration each, two `claudemesh mcp` processes spoken to as
 # Claude Code does. Nothing is simulated and nothing sleeps: each step waits for what it is about, and
@@ -5850,7 +6499,7 @@ async def _do_demo(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-# --- 14. Main -------------------------------------------------------------------------------------
+# --- 15. Main -------------------------------------------------------------------------------------
 
 def _argument(*names: str, **how: Any) -> tuple[tuple[str, ...], Json]:
     return names, how
@@ -5929,9 +6578,23 @@ COMMANDS = {  # CLI-2
         _argument("to", metavar="TO", help="name, key, @group, or * for everyone"),
         _argument("message", metavar="MESSAGE", help="the text; - reads it from standard input"),
         _argument("--priority", choices=PRIORITIES, default="next", help="now reaches busy peers too (default: next)"),
-        _argument("--wait", type=_seconds, metavar="SECONDS", help="follow it until it is delivered"), _MESH, _JSON)),
+        _argument("--wait", type=_seconds, metavar="SECONDS", help="follow it until it is delivered"),
+        _argument("--file", action="append", default=[], metavar="FILE", help="a file to go with it, encrypted"), _MESH, _JSON)),
     "explain": Command("Talking", _do_explain, "where a message is, and why", (
         _argument("message_id", metavar="MESSAGE_ID", help="as `send` printed it"), _MESH)),
+    "share": Command("Files", _do_share, "share a file with the mesh, or encrypted with some of it", (
+        _argument("path", metavar="FILE"),
+        _argument("--to", metavar="TO", help="encrypt it for a peer (name or key), @group, or * for everyone"),
+        _argument("--name", help="what others see it as (default: its own name)"),
+        _argument("--tag", action="append", default=[], metavar="TAG", help="a word to find it by; may be repeated"),
+        _argument("--ephemeral", action="store_true", help="it expires after 24 hours"), _MESH, _JSON)),
+    "get": Command("Files", _do_get, "download a shared file", (
+        _argument("id", metavar="ID", help="from `claudemesh files`"),
+        _argument("to", metavar="PATH", nargs="?", help="file or directory to save it as (default: here)"),
+        _argument("--force", action="store_true", help="overwrite what is there"), _MESH, _JSON)),
+    "files": Command("Files", _do_files, "the shared files you may read", (
+        _argument("query", metavar="NAME", nargs="?", help="only those with this in their name"),
+        _argument("--from", dest="uploader", metavar="WHO", help="only those that this member shared"), _MESH, _JSON)),
     "inbox": Command("Talking", _do_inbox, "print the messages waiting for you", (
         _argument("--wait", type=_seconds, default=0.0, metavar="SECONDS", help="wait for one if there is none"),
         _argument("--mesh", metavar="SLUG", help="only that mesh (default: all that are joined)"),
@@ -5976,7 +6639,8 @@ COMMANDS = {  # CLI-2
                                                         "the tables are listed"),
         _argument("--write", action="store_true", help="change the database; several statements are one transaction"),
         _MESH, _JSON)),
-    "mcp": Command("Run", run_mcp, "be the MCP server of an AI session, on stdin and stdout", ()),
+    "mcp": Command("Run", run_mcp, "be the MCP server of an AI session, on stdin and stdout", (
+        _argument("--share", action="append", default=[], metavar="DIR", help="let peers read what is below this directory"),)),
     "seed-test-mesh": Command("Run", _do_seed_test_mesh, "an entry without a key, for tests", tuple(
         _argument(name, metavar=name.upper()) for name in ("broker_url", "mesh_id", "member_id", "pubkey", "slug"))),
     "hook": Command("Run", run_hook, "be a hook of Claude Code; `install` sets them up", ()),
@@ -6018,8 +6682,13 @@ def _drop_output() -> None:
 
 def _run_command(argv: list[str]) -> int:
     """Find the command, read its arguments, run it."""
-    if argv == ["mcp"]:
-        return run_mcp()  # CLI-15: nothing else is imported before it answers
+    if argv[:1] == ["mcp"]:
+        try:
+            args = McpArguments(argv[1:])
+        except ValueError:
+            pass  # argparse says what is wrong
+        else:
+            return run_mcp(args)  # CLI-15: nothing else is imported before it answers
     if argv[:1] == ["hook"]:
         return run_hook(argv[1:])
     if sys.stdout is None:  # CLI-9: print would drop everything without a word

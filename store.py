@@ -45,6 +45,11 @@ Invariants of the schema
     term         in how many texts of a collection a term occurs: texts counts its postings. The key is the collection's
                  seq in the upper half, the hash of the term in the lower.
     posting      the share of a term in a text; the shares of one text, squared, add up to 1.
+    file         a shared file; its content is the blob of that id. Every row has its blob, from before the commit that makes
+                 the row until after the one that deletes it; a blob without a row is what a crash left, and goes when the
+                 mesh is opened. target_member is the member whose key the target is.
+    file_key     the key of an encrypted file, sealed for one peer; one row per (file, peer key).
+    file_access  one row per download; complete once the last byte was written. The newest of each file are kept.
     audit        id is the position in the chain, from 1 without gaps, so two entries cannot follow the same one;
                  prev_hash is the hash of the row before, `genesis` for the first; rows can neither be changed nor
                  deleted. The payload is the very text that was hashed.
@@ -53,12 +58,14 @@ Invariants of the schema
     watch        seen is the last value that was seen, null before the first.
     webhook      one row per name; of the secret only the SHA-256 is kept.
 
-The members' own database, `sql.db` beside `mesh.db`, belongs to them: section 21 only guards it.
+Blobs are the files in `files/` beside `mesh.db`, named by the ids of their rows, `.part` behind it while they arrive. The
+members' own database, `sql.db` beside `mesh.db`, belongs to them: section 22 only guards it.
 
 Sections: 1 constants and tables, 2 schema, 3 rows, 4 opening a database, 5 on a connection of one's own (audit chain,
 search), 6 the store (opening and transactions), 7 members and invites, 8 sessions, 9 messages, 10 deliveries, 11 state,
 12 memory and context, 13 tasks, 14 streams and skills, 15 audit log, 16 retention, 17 vectors, 18 schedules,
-19 watches and webhooks, 20 comparing texts, 21 the members' own database.
+19 watches and webhooks, 20 files, 21 comparing texts,
+22 the members' own database, 23 blobs.
 """
 
 from __future__ import annotations
@@ -79,7 +86,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache
 from heapq import nlargest
 from operator import mul
@@ -98,7 +105,10 @@ GENESIS = "genesis"  # AUDIT-3: what the first entry names as its predecessor
 BUSY_TIMEOUT_S = 2.0  # for foreign tools that hold the file for a moment (backup, replication)
 CACHE_KIB = 16 * 1024
 WAL_KEEP_BYTES = 64 * 1024 * 1024
-DATABASE, SQL_DATABASE, LOCK = "mesh.db", "sql.db", "lock"
+DATABASE, SQL_DATABASE, LOCK, FILES = "mesh.db", "sql.db", "lock", "files"
+KEEP_FILE_MS = DAY_MS  # FILE-14: how long an ephemeral file stays
+FILE_LIST = 100  # FILE-11
+ACCESSES_KEPT = 100  # FILE-12: downloads remembered for each file
 SYNCHRONOUS = ("FULL", "NORMAL", "OFF")
 
 MAX_COLLECTIONS = 1000  # VEC-8
@@ -341,8 +351,25 @@ CREATE TABLE skill (
   author_id TEXT, author TEXT NOT NULL, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 """
 
+SCHEMA_FILES = """
+CREATE TABLE file (
+  id TEXT PRIMARY KEY, name TEXT NOT NULL, folded TEXT NOT NULL, size INTEGER NOT NULL CHECK (size > 0),
+  mime TEXT NOT NULL, sha256 TEXT NOT NULL, tags TEXT NOT NULL, target TEXT NOT NULL, target_member TEXT,
+  owner_member TEXT REFERENCES member(id), owner_key TEXT, uploaded_by TEXT NOT NULL,
+  encrypted INTEGER NOT NULL, uploaded_at INTEGER NOT NULL, expires_at INTEGER) STRICT;
+CREATE INDEX file_newest ON file(uploaded_at);
+CREATE INDEX file_due ON file(expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE file_key (
+  file TEXT NOT NULL REFERENCES file(id) ON DELETE CASCADE, peer TEXT NOT NULL, sealed_key TEXT NOT NULL,
+  PRIMARY KEY (file, peer)) STRICT, WITHOUT ROWID;
+CREATE TABLE file_access (
+  id INTEGER PRIMARY KEY, file TEXT NOT NULL REFERENCES file(id) ON DELETE CASCADE, key TEXT NOT NULL,
+  name TEXT NOT NULL, at INTEGER NOT NULL, complete INTEGER NOT NULL) STRICT;
+CREATE INDEX file_access_file ON file_access(file, id);
+"""
+
 #: MIGRATIONS[n] takes a database from user_version n to n + 1. To change the schema, append a script; never edit one.
-MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS, SCHEMA_TIME, SCHEMA_SHARED]
+MIGRATIONS = [SCHEMA_1, SCHEMA_VECTORS, SCHEMA_TIME, SCHEMA_SHARED, SCHEMA_FILES]
 
 
 # --- 3. Rows ----------------------------------------------------------------------------------------------------------
@@ -556,6 +583,44 @@ class Webhook(NamedTuple):
     created_at: int
 
 
+class File(NamedTuple):
+    """A shared file. `target` is "" for everybody, a key or @group; ephemeral ones have `expires_at`; `owner_member` is
+    None for what nobody proved to have uploaded, and then `owner_key` may name a key."""
+    id: str
+    name: str
+    size: int
+    mime: str
+    sha256: str
+    tags: list[str]
+    target: str
+    target_member: str | None
+    owner_member: str | None
+    owner_key: str | None
+    uploaded_by: str
+    encrypted: bool
+    uploaded_at: int
+    expires_at: int | None
+
+
+class Reader(NamedTuple):
+    """Who asks for files: the member, the keys it speaks with, and the targets that reach it."""
+    member_id: str
+    keys: list[str]
+    targets: list[str]
+
+    def values(self) -> tuple[str, ...]:
+        """What `READABLE` asks for, in its order."""
+        keys = compact(self.keys)
+        return self.member_id, keys, keys, self.member_id, compact(self.targets)
+
+
+class AccessRow(NamedTuple):
+    """One download: by whom, when it began, and whether it came to its end."""
+    name: str
+    at: int
+    complete: bool
+
+
 class AuditRow(NamedTuple):
     """`actor` is the display name, else the member id, else `system`."""
     id: int
@@ -604,10 +669,16 @@ SELECT_TASK, SELECT_STREAM, SELECT_SKILL = _select(Task, "task"), _select(Stream
 SELECT_VECTOR = _select(Vector, "vector")
 SELECT_SCHEDULE, SELECT_WATCH = _select(Schedule, "schedule"), _select(Watch, "watch")
 SELECT_WEBHOOK = _select(Webhook, "webhook")
+SELECT_FILE, SELECT_ACCESS = _select(File, "file"), _select(AccessRow, "file_access")
+UNEXPIRED = "(expires_at IS NULL OR expires_at > ?)"
+#: FILE-8: the owner; with a sealed key; or, what is not encrypted, whom the target reaches.
+READABLE = ("(owner_member = ? OR owner_member IS NULL AND owner_key IN (SELECT value FROM json_each(?)) "
+            "OR EXISTS (SELECT 1 FROM file_key WHERE file = file.id AND peer IN (SELECT value FROM json_each(?))) "
+            "OR NOT encrypted AND (target_member = ? OR target IN (SELECT value FROM json_each(?))))")
 
 JSON_FIELDS = {"self_editable", "groups", "preset", "profile", "stats", "value", "payload", "metadata", "headers", "tags",
                "files", "findings", "manifest"}
-BOOL_FIELDS = {"proven", "sealed", "visible"}
+BOOL_FIELDS = {"proven", "sealed", "visible", "encrypted", "complete"}
 
 
 def _read(kind: type, row: Sequence | None) -> Any:
@@ -855,6 +926,7 @@ class Store:
         self._rows: dict[str, list[tuple]] = {INSERT_MESSAGE: [], INSERT_DELIVERY: [], INSERT_AUDIT: []}
         self._recent: dict[tuple[str, str], SentMessage] = {}  # by client id, those not spilled yet
         self._spilled = True
+        self._unwanted: list[str] = []  # blobs to remove once the deletion of their rows is committed
         mesh: Mesh | None = _read(Mesh, self._one(SELECT_MESH))
         if mesh is None:
             raise StoreError(f"{self.directory.name}/{DATABASE} holds no mesh")
@@ -869,6 +941,7 @@ class Store:
         self._write("UPDATE delivery SET state = 0, at = NULL WHERE state < 2 AND state = 1")  # STORE-17
         self._release("held_for IS NOT NULL", ())
         self.commit()
+        self._sweep()
 
     def close(self) -> None:
         """Undo what was not committed, and let another broker have the directory."""
@@ -927,6 +1000,8 @@ class Store:
         self._db.execute("COMMIT")
         self.changed, self._unmoved = False, True
         self._committed_head = self._head
+        while self._unwanted:  # FILE-13: not before; a row without its blob is worse than a blob without its row
+            _remove(self.blob(self._unwanted.pop()))
 
     def rollback(self) -> None:
         """Forget everything since the last commit, whether or not SQLite has already done so (STORE-3)."""
@@ -935,6 +1010,7 @@ class Store:
         for rows in self._rows.values():
             rows.clear()
         self._recent.clear()
+        self._unwanted.clear()
         self._spilled = True
         self.changed = False
         self._head = self._committed_head  # AUDIT-7
@@ -1409,7 +1485,7 @@ class Store:
         Each step handles at most `limit` rows, so a backlog takes several passes.
         """
         return (self._expire_overdue(now, limit) + self._delete_settled(now - keep_settled, limit)
-                + self._forget_sessions(now - KEEP_SESSIONS_MS, limit))
+                + self._forget_sessions(now - KEEP_SESSIONS_MS, limit) + self._expire_files(now, limit))
 
     def _expire_overdue(self, now: int, limit: int) -> int:
         overdue = self._execute(
@@ -1576,8 +1652,89 @@ class Store:
         for table in ("schedule", "watch", "webhook"):
             self._write(f"DELETE FROM {table} WHERE member_id = ?", (member_id,))
 
+    # --- 20. Files ----------------------------------------------------------------------------------------------------
 
-# --- 20. Comparing texts ----------------------------------------------------------------------------------------------
+    def blob(self, id: str) -> Path:
+        """Where the content of a file is."""
+        return self.directory / FILES / id
+
+    def add_file(self, file: File, keys: Mapping[str, str]) -> None:
+        """Take in a file whose blob is in place, and its sealed keys by peer key (FILE-4)."""
+        row = file._replace(tags=compact(file.tags))._asdict() | {"folded": file.name.casefold()}
+        self._write(f"INSERT INTO file({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+        for peer, sealed in keys.items():
+            self.grant_file(file.id, peer, sealed)
+
+    def grant_file(self, id: str, peer: str, sealed_key: str) -> None:
+        """Keep the key of a file as it is sealed for one peer, in place of an older one."""
+        self._write("INSERT OR REPLACE INTO file_key VALUES (?, ?, ?)", (id, peer, sealed_key))
+
+    def file(self, id: str, now: int) -> File | None:
+        """The file of that id; None when there is none, or it has expired."""
+        return _read(File, self._one(SELECT_FILE + f" WHERE id = ? AND {UNEXPIRED}", id, now))
+
+    def may_read(self, id: str, reader: Reader) -> bool:
+        """Whether that file is for this reader (FILE-8)."""
+        return self._one(f"SELECT 1 FROM file WHERE id = ? AND {READABLE}", id, *reader.values()) is not None
+
+    def list_files(self, reader: Reader, now: int, query: str = "", uploaded_by: str = "") -> list[File]:
+        """The newest files this reader may read, whose name has `query` in it and whose uploader is called so (FILE-11)."""
+        return [_read(File, row) for row in self._execute(
+            SELECT_FILE + f" WHERE {UNEXPIRED} AND {READABLE} AND instr(folded, ?) AND ? IN ('', uploaded_by) "
+            f"ORDER BY uploaded_at DESC, rowid DESC LIMIT {FILE_LIST}",
+            (now, *reader.values(), query.casefold(), uploaded_by))]
+
+    def sealed_key(self, id: str, keys: Sequence[str]) -> str | None:
+        """The key of a file as it is sealed for the first of `keys` for which it is."""
+        found = dict(self._execute("SELECT peer, sealed_key FROM file_key WHERE file = ? AND peer IN "
+                                   "(SELECT value FROM json_each(?))", (id, compact(keys))))
+        return next((found[key] for key in keys if key in found), None)
+
+    def file_key_count(self, id: str) -> int:
+        """For how many peers the key of a file is sealed."""
+        return self._one("SELECT count(*) FROM file_key WHERE file = ?", id)[0]
+
+    def delete_file(self, id: str) -> None:
+        """Delete a file; its blob goes with the commit."""
+        self._write("DELETE FROM file WHERE id = ?", (id,))  # its keys and accesses go with it
+        self._unwanted.append(id)
+
+    def file_totals(self) -> tuple[int, int]:
+        """How many files there are, and their bytes, expired ones included until they are swept."""
+        return self._one("SELECT count(*), ifnull(sum(size), 0) FROM file")
+
+    def add_access(self, id: str, key: str, name: str, now: int) -> int:
+        """Note that a download began; the number of the note (FILE-12)."""
+        access = self._write("INSERT INTO file_access(file, key, name, at, complete) VALUES (?, ?, ?, ?, 0)",
+                             (id, key, name, now)).lastrowid
+        self._write("DELETE FROM file_access WHERE file = ?1 AND id <= (SELECT id FROM file_access WHERE file = ?1 "
+                    f"ORDER BY id DESC LIMIT 1 OFFSET {ACCESSES_KEPT})", (id,))
+        return access
+
+    def complete_access(self, access: int) -> None:
+        """Note that the last byte of a download was written."""
+        self._write("UPDATE file_access SET complete = 1 WHERE id = ?", (access,))
+
+    def accesses(self, id: str) -> list[AccessRow]:
+        """The newest downloads of a file, newest first."""
+        return [_read(AccessRow, row) for row in self._execute(SELECT_ACCESS + " WHERE file = ? ORDER BY id DESC", (id,))]
+
+    def _expire_files(self, now: int, limit: int) -> int:
+        due = self._execute("SELECT id FROM file WHERE expires_at <= ? ORDER BY expires_at LIMIT ?", (now, limit)).fetchall()
+        for id, in due:
+            self.delete_file(id)  # FILE-14
+        return len(due)
+
+    def _sweep(self) -> None:
+        """Remove the blobs that no row wants: what a crash left of uploads and deletions (FILE-13)."""
+        found = list(self.blob("").iterdir()) if keeps_blobs(self.directory) else []
+        wanted = {id for id, in self._execute("SELECT id FROM file")} if found else set()
+        for path in found:
+            if path.name not in wanted:
+                _remove(path)
+
+
+# --- 21. Comparing texts ----------------------------------------------------------------------------------------------
 # A text is a vector over its terms: words, pairs of neighbouring words, and the pieces of three characters that words are
 # made of, which stems and most of a misspelt word have in common (VEC-3). Each collection has an inverted index of them.
 
@@ -1689,7 +1846,7 @@ def nearest(directory: Path | str, collection: str, embedder: str, query: bytes,
         return _found(db, nlargest(limit, scores, key=lambda row: row[1]))
 
 
-# --- 21. The members' own database ------------------------------------------------------------------------------------
+# --- 22. The members' own database ------------------------------------------------------------------------------------
 # `sql.db` is the members' to fill and to ask. Each request has a connection of its own, so it leaves nothing behind but
 # what it committed, and runs in a thread. SQLite guards it: an authorizer says what a statement may do at all, a progress
 # handler looks at the clock, limits bound values, and max_page_count bounds the file. Two things SQLite does not bound
@@ -1894,3 +2051,61 @@ def _cell(value: Any) -> Any:
         return base64.b64encode(value).decode()
     inexact = isinstance(value, int) and abs(value) > LARGEST_EXACT or isinstance(value, float) and math.isinf(value)
     return str(value).replace("inf", "Infinity") if inexact else value
+
+
+# --- 23. Blobs --------------------------------------------------------------------------------------------------------
+
+def keeps_blobs(directory: Path) -> bool:
+    """Whether a mesh has had files, so that there may be something to sweep (FILE-13)."""
+    return (directory / FILES).is_dir()
+
+
+class Blob:
+    """The content of a file while it arrives: nobody sees it before `keep`, and nothing is left after `discard`.
+
+    The methods raise StoreError, and may run in any thread, one at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Begin the blob that will be at `path`."""
+        self.path, self._part = path, path.with_name(f"{path.name}.part")
+        self.size, self._hash = 0, hashlib.sha256()
+        with _refusals(path):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            self._file = open(os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+    def write(self, data: bytes) -> None:
+        """Append a piece."""
+        with _refusals(self.path):
+            self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of what was written, 64 hex digits."""
+        return self._hash.hexdigest()
+
+    def keep(self) -> None:
+        """Put the whole blob into its place, durably (FILE-4)."""
+        with _refusals(self.path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self._part, self.path)
+            directory = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+    def discard(self) -> None:
+        """Leave nothing behind, kept or not."""
+        _remove(self._part)
+        _remove(self.path)
+        with suppress(OSError):  # what could not be written is not wanted any more
+            self._file.close()
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # what stays is swept when the mesh is opened
+        path.unlink(missing_ok=True)

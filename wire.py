@@ -34,12 +34,12 @@ import ssl
 import struct
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from http import HTTPStatus
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 import nacl.bindings as sodium
 from nacl.exceptions import CryptoError
@@ -524,23 +524,35 @@ async def read_request(reader: asyncio.StreamReader, *, timeout: float = HEAD_TI
 
 async def read_body(request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *,
                     max_body: int, timeout: float = BODY_TIMEOUT) -> bytes:
-    """Read the body into `request.body` and return it.
+    """Read the body into `request.body` and return it. Raises what `body_chunks` raises."""
+    request.body = b"".join([chunk async for chunk in body_chunks(request, reader, writer, max_body=max_body, timeout=timeout)])
+    return request.body
+
+
+async def body_chunks(request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *,
+                      max_body: int, timeout: float) -> AsyncIterator[bytes]:
+    """The body, piece by piece as it arrives: for one that is not held in memory.
 
     Raises HttpError: 413 (nothing was read), 408 after `timeout` seconds, 400 when the stream ends early.
     """
-    length = request.content_length or 0
-    if length > max_body:
+    left = request.content_length or 0
+    if left > max_body:
         raise HttpError(413, f"the body may have at most {max_body} bytes")       # HTTP-10
-    if length and request.headers.get("expect") and request.version != "1.0":
+    if left and request.headers.get("expect") and request.version != "1.0":
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")                            # HTTP-11
-    try:
-        async with asyncio.timeout(timeout):
-            request.body = await reader.readexactly(length)
-    except TimeoutError:
-        raise HttpError(408, "the body took too long") from None                  # HTTP-3
-    except (asyncio.IncompleteReadError, OSError):
-        raise HttpError(400, "the body ended early") from None                    # HTTP-4
-    return request.body
+    deadline = asyncio.get_running_loop().time() + timeout
+    while left:
+        try:
+            async with asyncio.timeout_at(deadline):
+                chunk = await reader.read(min(left, READ_BYTES))
+        except TimeoutError:
+            raise HttpError(408, "the body took too long") from None              # HTTP-3
+        except OSError:
+            chunk = b""
+        if not chunk:
+            raise HttpError(400, "the body ended early")                          # HTTP-4
+        left -= len(chunk)
+        yield chunk
 
 
 async def _read_head(reader: asyncio.StreamReader) -> list[str]:
@@ -637,17 +649,22 @@ def response(status: int, body: bytes = b"", *, headers: Iterable[tuple[str, str
     `Connection: close` by default: one request per connection is always correct, and enough here.
     `now` (seconds since 1970) is for the Date header. UsageError: a header that would break the framing.
     """
+    start = response_head(status, len(body), headers=headers, close=close, now=now)
+    return start + (b"" if head or status < 200 or status in (204, 304) else body)
+
+
+def response_head(status: int, length: int, *, headers: Iterable[tuple[str, str]] = (), close: bool = True,
+                  now: float | None = None) -> bytes:
+    """An answer up to its body, which has `length` bytes. UsageError as `response`."""
     from email.utils import formatdate  # here, because only a server needs it
 
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {formatdate(now, usegmt=True)}"]
     lines += [header_line(name, value) for name, value in headers]
     if status >= 200 and status not in (204, 304):                                # HTTP-12
-        lines.append(f"Content-Length: {len(body)}")
-    else:
-        body = b""
+        lines.append(f"Content-Length: {length}")
     if close:
         lines.append("Connection: close")                                         # HTTP-13
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if head else body)
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
 def error_response(error: HttpError, *, headers: Iterable[tuple[str, str]] = (), head: bool = False) -> bytes:
@@ -913,6 +930,16 @@ async def serve(client: Callable[[Tap, asyncio.StreamWriter], Coroutine[Any, Any
     return await loop.create_server(protocol, host, port, ssl=tls)
 
 
+def _below(writer: asyncio.StreamWriter) -> asyncio.WriteTransport | None:
+    """TLS: asyncio's transport says only what waits for encryption; the socket's own buffer lies below."""
+    return getattr(getattr(writer.transport, "_ssl_protocol", None), "_transport", None)
+
+
+def unsent(writer: asyncio.StreamWriter) -> int:
+    """Bytes written that the socket has not taken yet."""
+    return sum(transport.get_write_buffer_size() for transport in (writer.transport, _below(writer)) if transport is not None)
+
+
 class Connection:
     """A WebSocket on a stream, either side. One task calls `receive` or `pump`; anything may write.
 
@@ -929,8 +956,7 @@ class Connection:
         self._owner: asyncio.Task[object] | None = None     # the task that receives
         self._deadline: asyncio.TimerHandle | None = None
         self._held: asyncio.Task[None] | None = None
-        # TLS: asyncio's transport says only what waits for encryption; the socket's own buffer lies below
-        self._below = getattr(getattr(writer.transport, "_ssl_protocol", None), "_transport", None)
+        self._below = _below(writer)
 
     @classmethod
     def accept(cls, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *,
@@ -1182,6 +1208,39 @@ def iso(ms: int) -> str:
     return f"{_second[1]}.{rest:03d}Z"
 
 
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+MAX_FILE_NAME = 255  #: bytes
+
+
+def file_name_fault(name: str) -> str | None:
+    """What keeps `name` from being a file's on any system, or None (SPEC FILE-5)."""
+    if not name.strip() or name in (".", ".."):
+        return "is empty"
+    if not name.isprintable():  # lone surrogates and line separators among them
+        return "has characters that cannot be shown"
+    if len(name.encode()) > MAX_FILE_NAME:
+        return f"is longer than {MAX_FILE_NAME} bytes"
+    if "/" in name or "\\" in name:
+        return "has a separator"
+    if name != name.strip() or name.endswith(".") or _RESERVED.fullmatch(name):
+        return "is reserved"
+    return None
+
+
+def header_text(text: str) -> str:
+    """`text` for a header, which can carry no more than Latin-1 (RFC 8187 without a language)."""
+    return text if text.isascii() and not text.startswith("UTF-8''") else "UTF-8''" + quote(text, safe="")
+
+
+def read_header_text(value: str) -> str | None:
+    """What `header_text` wrote, or a stock client, which writes its bytes as they are; None if it is no text."""
+    data = unquote_to_bytes(value[7:]) if value.startswith("UTF-8''") else value.encode("latin-1")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None if value.startswith("UTF-8''") else value
+
+
 def http_base(ws_url: str) -> str:
     """The HTTP address of the broker behind `ws_url`: scheme changed, path and default port dropped
     (SPEC HTTP-20). Raises `UsageError` for anything but ws:// and wss://."""
@@ -1409,10 +1468,11 @@ watch_triggered(watchId: string, url: string, label?: string, mode: string, oldV
 webhook_ack(name: string, url: string, secret: string)
 webhook_list(webhooks: [{name: string, url: string, active: boolean, createdAt: string}])
 # Files
-file_url(fileId: string, url: string, name: string, encrypted?: boolean, sealedKey?: string)
+file_url(fileId: string, url: string, name: string, encrypted?: boolean, sealedKey?: string, size?: number, sha256?:
+    string, mimeType?: string)
 file_list(files: [{id: string, name: string, size: number, tags: [string], uploadedBy: string, uploadedAt:
-    string, persistent: boolean, encrypted: boolean}])
-file_status_result(fileId: string, accesses: [{peerName: string, accessedAt: string}])
+    string, persistent: boolean, encrypted: boolean, mimeType?: string, target?: string, expiresAt?: string}])
+file_status_result(fileId: string, accesses: [{peerName: string, accessedAt: string, complete?: boolean}])
 grant_file_access_ok(fileId: string, peerPubkey: string)
 peer_file_request_forward(requesterPubkey: string, filePath: string)
 peer_file_response_forward(filePath: string, content?: string, error?: string)
@@ -1721,6 +1781,17 @@ def http_text(method: str, target: str, body: bytes, timestamp: int, pubkey: str
     return f"claudemesh-http|{method}|{target}|{hashlib.sha256(body).hexdigest()}|{timestamp}|{pubkey}"
 
 
+#: The headers that describe an upload, in the order in which they are signed (SPEC FILE-2).
+UPLOAD_HEADERS = ("content-type", "x-encrypted", "x-file-keys", "x-file-name", "x-mesh-content-sha256", "x-mesh-id",
+                  "x-owner-pubkey", "x-persistent", "x-tags", "x-target-spec")
+
+
+def upload_text(headers: Mapping[str, str]) -> bytes:
+    """What stands for the body where an upload is signed (SPEC FILE-2): the headers that describe it, the
+    digest of its content among them. `headers` has names in lower case."""
+    return "".join(f"{name}:{headers.get(name, '')}\n" for name in UPLOAD_HEADERS).encode("latin-1")
+
+
 def verify_hello(hello: dict[str, Any], now: int) -> str | None:
     """The error code that refuses `hello` at `now` (ms), or None (SPEC HELLO-2 to HELLO-4).
 
@@ -1748,6 +1819,7 @@ def _secret_bytes(secret: str) -> bytes:
 
 NONCE_BYTES = sodium.crypto_box_NONCEBYTES  # 24, for boxes and secretboxes alike
 KEY_BYTES = 32
+BLOB_OVERHEAD = NONCE_BYTES + 16  #: bytes by which an encrypted file is longer than its content
 _PRINTABLE = re.compile("[^\x00-\x08\x0e-\x1f\x7f-\x9f]+")  # strict reading of plain bodies, CRYPTO-6
 
 

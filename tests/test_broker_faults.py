@@ -583,6 +583,8 @@ def test_the_numbers_are_those_of_the_specification(tmp_path):
         "send": {"targetSpec": 256, "id": 128, "client_message_id": 128, "nonce": 64},
         "set_summary": {"summary": 2048}, "set_profile": {"avatar": 2048, "title": 256, "bio": 2048},
         "join_group": {"name": 64, "role": 64}, "set_state": {"key": 256}, "get_state": {"key": 256},
+        "list_files": {"query": 256}, "grant_file_access": {"sealedKey": 256},
+        "peer_file_request": {"filePath": 4096}, "peer_dir_request": {"dirPath": 4096, "pattern": 256},
         "vector_store": {"collection": 128, "text": 8192}, "vector_search": {"collection": 128, "query": 1024},
         "vector_delete": {"collection": 128, "id": 64}, "mesh_query": {"sql": 262_144}, "mesh_execute": {"sql": 262_144},
         "remember": {"content": 16_384, "tags": (32, 64)}, "recall": {"query": 512}, "get_context": {"query": 512},
@@ -600,8 +602,8 @@ def test_the_numbers_are_those_of_the_specification(tmp_path):
 def test_the_cors_headers_name_every_header_a_route_reads():
     allowed = dict(hub.CORS)["Access-Control-Allow-Headers"].split(", ")
     assert allowed == ["Authorization", "Content-Type", "X-Mesh-Id", "X-Member-Id", "X-File-Name", "X-Tags", "X-Persistent",
-                       "X-Target-Spec", "X-Encrypted", "X-Owner-Pubkey", "X-File-Keys", "X-Mesh-Key", "X-Mesh-Time",
-                       "X-Mesh-Signature"]
+                       "X-Target-Spec", "X-Encrypted", "X-Owner-Pubkey", "X-File-Keys", "X-Mesh-Content-SHA256", "X-Mesh-Key",
+                       "X-Mesh-Time", "X-Mesh-Signature"]
 
 
 @spec("OPS-2")
