@@ -89,6 +89,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache
 from heapq import nlargest
+from itertools import takewhile
 from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,7 +251,6 @@ CREATE TABLE delivery (
 -- Only what may still be delivered is indexed, so the settled past costs nothing. A query uses such an index when it
 -- repeats the index's condition word for word.
 CREATE INDEX delivery_open ON delivery(recipient, state, priority, message) WHERE state < 2;
-CREATE INDEX delivery_due ON delivery(expires_at) WHERE state = 0;
 
 CREATE TABLE state (
   key TEXT PRIMARY KEY, value TEXT NOT NULL, version INTEGER NOT NULL,
@@ -933,7 +933,7 @@ class Store:
         self._mesh = mesh
         self._page_size: int = self._one("PRAGMA page_size")[0]
         self._seq: int = self._one("SELECT ifnull(max(seq), 0) FROM message")[0]
-        self._accepted, self._prune_after = (0, "", 0), 0
+        self._accepted, self._prune_after, self._expired_to = (0, "", 0), 0, 0
         self._head = self._committed_head = self._one(
             "SELECT id, hash FROM audit ORDER BY id DESC LIMIT 1") or (0, GENESIS)
         self.changed = self._unmoved = False
@@ -1014,6 +1014,7 @@ class Store:
         self._spilled = True
         self.changed = False
         self._head = self._committed_head  # AUDIT-7
+        self._expired_to = 0  # the next pass looks again
 
     def checkpoint(self) -> bool:
         """Move the write-ahead log into the database; call it with nothing uncommitted.
@@ -1480,7 +1481,7 @@ class Store:
     # --- 16. Retention ------------------------------------------------------------------------------------------------
 
     def prune(self, now: int, *, limit: int = 500, keep_settled: int = KEEP_SETTLED_MS) -> int:
-        """One bounded pass of retention (STORE-19); returns rows changed or deleted, 0 when there was nothing to do.
+        """One bounded pass of retention (STORE-19); returns rows passed or deleted, 0 when there was nothing to do.
 
         Each step handles at most `limit` rows, so a backlog takes several passes.
         """
@@ -1488,10 +1489,17 @@ class Store:
                 + self._forget_sessions(now - KEEP_SESSIONS_MS, limit) + self._expire_files(now, limit))
 
     def _expire_overdue(self, now: int, limit: int) -> int:
-        overdue = self._execute(
-            "SELECT message, recipient FROM delivery WHERE state = 0 AND expires_at <= ? ORDER BY expires_at LIMIT ?",
-            (now, limit)).fetchall()
-        self.settle(overdue, "expired", now)  # STORE-13
+        """Pass at most `limit` messages, oldest first, up to one that is still good, and expire what is queued of them.
+
+        Messages live equally long, so the order of acceptance is the order of expiry; an index would cost every message
+        a tenth of its price.
+        """
+        rows = self._execute("SELECT seq, expires_at FROM message WHERE seq > ? ORDER BY seq LIMIT ?",
+                             (self._expired_to, limit)).fetchall()
+        overdue = [seq for seq, _ in takewhile(lambda row: row[1] <= now, rows)]
+        for seq in overdue:
+            self._write("UPDATE delivery SET state = 4, at = ? WHERE message = ? AND state = 0", (now, seq))  # STORE-13
+            self._expired_to = seq
         return len(overdue)
 
     def _delete_settled(self, before: int, limit: int) -> int:
