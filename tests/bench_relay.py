@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import http.client
 import json
 import os
 import resource
@@ -33,6 +32,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import store  # noqa: E402
 import wire  # noqa: E402
 
 BODY = base64.b64encode(os.urandom(256)).decode()
@@ -118,6 +118,7 @@ def start_naive() -> Relay:
 
 
 def start_broker(data: str) -> Relay:
+    members = Members(data)
     # imported, so that it is compiled once: the compiler's memory is not the broker's
     command = [sys.executable, "-c", "import broker, sys; sys.exit(broker.main())"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -125,47 +126,33 @@ def start_broker(data: str) -> Relay:
                   text=True, env=environment)
     relay.url = json.loads(relay.process.stderr.readline())["url"]
     threading.Thread(target=relay.process.stderr.read, daemon=True).start()  # or the pipe of its log fills
-    relay.members = Members(relay)
+    relay.members = members
     return relay
 
 
-def signed(relay: Relay, pair: wire.KeyPair, method: str, target: str, body: dict) -> dict:
-    raw, now = json.dumps(body).encode(), int(time.time() * 1000)
-    headers = {"X-Mesh-Key": pair.public, "X-Mesh-Time": str(now),
-               "X-Mesh-Signature": wire.sign(wire.http_text(method, target, raw, now, pair.public), pair.secret)}
-    connection = http.client.HTTPConnection(wire.http_base(relay.url).removeprefix("http://"), timeout=10)
-    connection.request(method, target, raw, headers)
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
-    assert answer["ok"], answer
-    return answer
-
-
 class Members:
-    """A mesh with one invite, from which members are enrolled as they are needed."""
+    """A mesh with many members, made before the broker starts; each connection is another member."""
 
-    def __init__(self, relay: Relay) -> None:
-        owner = wire.KeyPair.generate()
-        self.mesh = signed(relay, owner, "POST", "/mesh", {"slug": f"bench{time.time_ns()}", "owner_pubkey": owner.public})["meshId"]
-        self.payload = wire.sign_invite(
-            {"v": 1, "mesh_id": self.mesh, "mesh_slug": "bench", "broker_url": relay.url, "mesh_root_key": "x",
-             "expires_at": int(time.time()) + 3600, "role": "member", "owner_pubkey": owner.public}, owner.secret)
-        self.token = wire.invite_token(self.payload)
-        signed(relay, owner, "POST", f"/mesh/{self.mesh}/invites", {"token": self.token, "maxUses": 100})
-        self.pair = wire.KeyPair.generate()  # one member with many sessions: enrolment is rate limited
-        self.id = signed(relay, owner, "POST", "/join", {
-            "invite_token": self.token, "invite_payload": self.payload, "peer_pubkey": self.pair.public, "display_name": "bench"})["memberId"]
+    def __init__(self, data: str) -> None:
+        now = int(time.time() * 1000)
+        self.mesh = os.urandom(16).hex()
+        mesh = store.Store.create(Path(data) / "bench", mesh_id=self.mesh, slug="bench", name="bench",
+                                  owner_pubkey=wire.KeyPair.generate().public, now=now)
+        pairs = [wire.KeyPair.generate() for _ in range(1000)]
+        self.members = [(pair, mesh.add_member(pair.public, "bench", "member", now).id) for pair in pairs]
+        mesh.commit()
+        mesh.close()
+        self.next = 0
 
     def hello(self, session: wire.KeyPair, group: str | None) -> dict:
-        now = int(time.time() * 1000) + (Members.count % 50_000)
-        Members.count += 1  # a different timestamp each, or the hello counts as replayed
-        return {"type": "hello", "meshId": self.mesh, "memberId": self.id, "pubkey": self.pair.public, "timestamp": now,
-                "signature": wire.sign(wire.hello_text(self.mesh, self.id, self.pair.public, now), self.pair.secret),
+        pair, member = self.members[self.next % len(self.members)]
+        self.next += 1
+        now = int(time.time() * 1000)
+        return {"type": "hello", "meshId": self.mesh, "memberId": member, "pubkey": pair.public, "timestamp": now,
+                "signature": wire.sign(wire.hello_text(self.mesh, member, pair.public, now), pair.secret),
                 "sessionPubkey": session.public, "sessionId": session.public[:16],
-                "sessionSignature": wire.sign(wire.session_text(self.mesh, self.pair.public, session.public, now), session.secret),
+                "sessionSignature": wire.sign(wire.session_text(self.mesh, pair.public, session.public, now), session.secret),
                 "capabilities": ["client_ack", "session_proof"], **({"groups": [{"name": group}]} if group else {})}
-
-    count = 0
 
 
 # --- the load -------------------------------------------------------------------------------------
@@ -232,7 +219,7 @@ async def receiver(end: End, ack: bool) -> None:
             texts = await end.receive()
             end.got += sum(len(text) > PUSH_ABOVE for text in texts)
             if ack:
-                end.conn.send(f'{{"type":"client_ack","upTo":{last_seq(texts)}}}')
+                end.conn.send(f'{{"type":"client_ack","upTo":{last_seq(texts)},"stage":"shown"}}')
     except ConnectionError:
         pass
 
@@ -241,7 +228,7 @@ async def load(relay: Relay, members: Members | None, shape: Shape, seconds: flo
     """Messages per second, or deliveries per second for a fan-out; the naive relay has no `members`."""
     lanes, tasks, ends = [], [], []
     for lane in range(shape.senders):
-        group = f"g{lane}" if shape.fan > 1 else None
+        group = os.urandom(4).hex() if shape.fan > 1 else None
         receivers = [await connect(relay, members, group) for _ in range(shape.fan)]
         source, _ = await connect(relay, members)
         lanes.append((source, f"@{group}" if group else receivers[0][1]))
@@ -258,7 +245,8 @@ async def load(relay: Relay, members: Members | None, shape: Shape, seconds: flo
     for task in tasks:
         task.cancel()
     for end in ends:
-        end.conn.abort()
+        end.conn.begin_close()  # a leave, not a drop: the next round begins with an empty room
+    await asyncio.gather(*(end.conn.close() for end in ends))
     if missing:
         print(f"  !! {missing} deliveries missing")
     return expected / took
@@ -333,8 +321,7 @@ async def hellos(relay: Relay, count: int) -> None:
         while not any("hello_ack" in text for text in await end.receive()):
             pass
     print(f"{count} hellos in {time.perf_counter() - begin:.2f} s; resident {relay.resident():.0f} MB with {count} peers")
-    for end in conns:
-        end.conn.abort()
+    await asyncio.gather(*(end.conn.close() for end in conns))
 
 
 async def history(relay: Relay, count: int) -> None:
