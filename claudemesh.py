@@ -6512,7 +6512,8 @@ _DATA = _argument("--data", metavar="DIR", help="the broker's data (default: bro
 _SLUG = _argument("slug", metavar="SLUG", help="the mesh")
 _KEY = _argument("key", metavar="KEY", type=_key, help="the key")
 _ID = _argument("id", metavar="ID", help="the whole id, as the list shows it")
-_TAG = _argument("--tag", action="append", metavar="TAG", help="a word to find it by; may be repeated")
+_TAG = _argument("--tag", "--tags", action="extend", default=[], metavar="A,B", type=lambda text: text.split(","),
+                 help="words to find it by; may be repeated")
 
 _SCOPE = _argument("--scope", choices=("user", "project"), default="user", help="for you, or for this folder")
 _DRY_RUN = _argument("--dry-run", action="store_true", help="only print the difference")
@@ -6586,7 +6587,7 @@ COMMANDS = {  # CLI-2
         _argument("path", metavar="FILE"),
         _argument("--to", metavar="TO", help="encrypt it for a peer (name or key), @group, or * for everyone"),
         _argument("--name", help="what others see it as (default: its own name)"),
-        _argument("--tag", action="append", default=[], metavar="TAG", help="a word to find it by; may be repeated"),
+        _TAG,
         _argument("--ephemeral", action="store_true", help="it expires after 24 hours"), _MESH, _JSON)),
     "get": Command("Files", _do_get, "download a shared file", (
         _argument("id", metavar="ID", help="from `claudemesh files`"),

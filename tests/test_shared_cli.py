@@ -23,7 +23,7 @@ def only_id(text: str) -> str:
 
 @spec("CLI-19", "CLI-6")
 def test_what_is_remembered_is_found_and_forgotten(ada: Person, bob: Person) -> None:
-    id = only_id(ada("remember", "Deploys run\nat noon \x1b[31m", "--tag", "ops", "--tag", "release"))
+    id = only_id(ada("remember", "Deploys run\nat noon \x1b[31m", "--tags", "ops,release"))
     found = bob("recall", "deployed", "noon").splitlines()
     assert found[0].startswith(f"{id}  Ada  2") and found[0].endswith("  #ops #release")
     assert found[1:] == ["    Deploys run", "    at noon \\x1b[31m"]
