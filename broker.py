@@ -164,6 +164,7 @@ PUSH_OVERHEAD = 4096  #: what a push adds to nonce and ciphertext: ids, keys, na
 FILLED = {
     "set_state": ("key",), "remember": ("content",), "recall": ("query",), "share_context": ("summary",),
     "get_context": ("query",), "create_task": ("title",), "share_skill": ("description", "instructions"),
+    "vector_store": ("collection",),
 }
 MAX_GROUPS = 64
 MAX_SUBSCRIPTIONS = 256  #: of one connection
@@ -691,11 +692,6 @@ class Mesh:
                 peer.restore(saved)
             peer.backlog = True
 
-    def owner_of(self, key: str) -> Member | None:
-        """The live member whose key, or whose session's key, that is."""
-        session = self.store.session_owner(key)
-        return self.by_pubkey.get(key) or (self.members.get(session.member_id) if session else None)
-
     def sessions(self, member: Member) -> list[Peer]:
         """The presences of one member."""
         return [peer for peer in self.peers.values() if peer.member.id == member.id]
@@ -842,7 +838,7 @@ def _drain_store(hub: Broker, mesh: Mesh, peer: Peer, link: Link, admitted: tupl
     hub.when_room(link)
 
 
-def refuse_unsealed(mesh: Mesh, recipients: list[Recipient], sealed: dict[str, str]) -> None:
+def refuse_unsealed(recipients: list[Recipient], sealed: dict[str, str]) -> None:
     """Raises `sealed_keys_missing` unless each recipient's key is there (SPEC DELIV-16)."""
     missing = [{"pubkey": r.key, "sealable": r.peer is None or r.peer.sealable} for r in recipients
                if not _is_sealed_key(sealed.get(r.key)) or r.peer is not None and not r.peer.sealable]
@@ -952,7 +948,7 @@ class Turn:
 # --- 7. Life of a connection ----------------------------------------------------------------------
 
 
-def admit(hub: Broker, link: Link, hello: dict[str, Any]) -> tuple[Mesh, Member, str, bool]:
+def admit(hub: Broker, hello: dict[str, Any]) -> tuple[Mesh, Member, str, bool]:
     """The checks of hello in their order (SPEC HELLO-1 to HELLO-9): the mesh, the member, the routing key,
     and whether the session key was proven. Raises `Refused`."""
     mesh = hub.find_mesh(hello.get("meshId"))
@@ -1001,7 +997,7 @@ def _session_key(mesh: Mesh, member: Member, hello: dict[str, Any]) -> tuple[str
 
 def on_hello(hub: Broker, link: Link, hello: dict[str, Any]) -> None:
     """hello: authenticates the link and makes, or takes up again, a presence (SPEC HELLO)."""
-    mesh, member, key, proven = admit(hub, link, hello)
+    mesh, member, key, proven = admit(hub, hello)
     now = hub.clock()
     offered = [c for c in hello.get("capabilities") or () if c in wire.CAPABILITIES]  # HELLO-14
     saved = mesh.store.load_state(member.id, hello.get("sessionId") or "")
@@ -1147,7 +1143,7 @@ def _hello_ack(mesh: Mesh, peer: Peer, hello: dict[str, Any], saved: Saved | Non
 
 
 def announce(hub: Broker, mesh: Mesh, peer: Peer, event: str, **data: Any) -> None:
-    """Tells every other connection of the mesh about `peer` (SPEC PRES-8)."""
+    """Tells every other connection of the mesh, but the quiet ones, about `peer` (SPEC PRES-8)."""
     data = {"name": peer.name, "displayName": peer.name, "pubkey": peer.key, **data}
     push = system_push(mesh.id, hub.uuid(), event, data, hub.clock())
     for link in mesh.links:
@@ -1192,6 +1188,13 @@ def takes_mail(mesh: Mesh, peer: Peer) -> bool:
     return not peer.quiet or mesh.inboxes.get(peer.key) is peer  # PRES-14, PRES-15
 
 
+def _record_leave(mesh: Mesh, peer: Peer, now: int) -> None:
+    mesh.save(peer, now)
+    mesh.store.touch_member(peer.member.id, now)
+    mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
+    mesh.store.release_held(peer.key)
+
+
 def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
     """The session has left for good: saves it, releases what was held, tells the others (SPEC PRES-6)."""
     now = hub.clock()
@@ -1205,10 +1208,7 @@ def end_presence(hub: Broker, mesh: Mesh, peer: Peer) -> None:
     mesh.undo.append(lambda: mesh.peers.setdefault(peer.key, peer))  # the tick will end it again
     if mesh.sim is not None and not mesh.peers:
         mesh.sim.paused = True  # CLOCK-5
-    mesh.save(peer, now)
-    mesh.store.touch_member(peer.member.id, now)
-    mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
-    mesh.store.release_held(peer.key)
+    _record_leave(mesh, peer, now)
     for other in mesh.sessions(peer.member):
         claim_held(mesh, other)
         other.backlog = True
@@ -1244,10 +1244,12 @@ def _check_length(where: str, value: str | list[str], most: Any) -> None:
         raise Refused("too_large", f"{where}: longer than {most} characters")
 
 
-def check_json(frame: dict[str, Any], name: str, value: Any, most: int) -> None:
-    """Raises `too_large` for a JSON value of more than `most` bytes (SPEC MSG-9)."""
-    if len(encode(value).encode()) > most:
+def check_json(frame: dict[str, Any], name: str, value: Any, most: int) -> int:
+    """The bytes of a JSON value. Raises `too_large` when they are more than `most` (SPEC MSG-9)."""
+    size = len(encode(value).encode())
+    if size > most:
         raise Refused("too_large", f"{frame['type']}.{name}: longer than {most} bytes")
+    return size
 
 
 def check_room(mesh: Mesh, table: str) -> None:
@@ -1289,7 +1291,7 @@ def on_send(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     if not recipients:
         raise Refused("no_such_recipient", f"{target[:70]}: {wire.ERRORS['no_such_recipient']}")  # DELIV-7
     if sealed is not None:
-        refuse_unsealed(mesh, recipients, sealed)
+        refuse_unsealed(recipients, sealed)
     now = hub.clock()
     online = _online(recipients)
     row = _accept(hub, mesh, peer, frame, target, priority, recipients, sealed or {}, digest, online, now)
@@ -1529,8 +1531,8 @@ def _peer_entry(peer: Peer) -> dict[str, Any]:
 def on_set_state(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """set_state: writes one shared key, if it is at the version expected, and tells the others (SPEC STATE-1)."""
     mesh, peer, key, value, expected = link.mesh, link.peer, frame["key"], frame["value"], frame.get("ifVersion")
-    check_json(frame, "value", value, STATE_VALUE_BYTES)
-    if mesh.store.state_size(key) + len(key) + len(encode(value).encode()) > STATE_TOTAL_BYTES:
+    size = check_json(frame, "value", value, STATE_VALUE_BYTES)
+    if mesh.store.state_size(key) + len(key) + size > STATE_TOTAL_BYTES:
         raise Refused("limit", f"the state of a mesh is {STATE_TOTAL_BYTES} bytes at most")  # STATE-4
     if expected is not None:
         _check_version(key, mesh.store.get_state(key), expected)
@@ -1856,12 +1858,9 @@ def on_remove_skill(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
 def on_vector_store(hub: Broker, link: Link, frame: dict[str, Any]) -> None:
     """vector_store: keeps a text in a collection, where it can be found by similarity (SPEC VEC-1)."""
     mesh, metadata = link.mesh, frame.get("metadata") or {}
-    if not frame["collection"].strip():
-        raise Refused("malformed", "vector_store.collection: empty")
     if not storage.words(frame["text"]):
         raise Refused("vector_error", "the text has no word to find it by")
-    if len(encode(metadata).encode()) > VECTOR_METADATA_BYTES:
-        raise Refused("too_large", f"vector_store.metadata: longer than {VECTOR_METADATA_BYTES} bytes")
+    check_json(frame, "metadata", metadata, VECTOR_METADATA_BYTES)
     try:
         id = mesh.store.add_vector(frame["collection"], frame["text"], metadata, link.peer.member.pubkey, hub.clock())
     except storage.StoreError:
@@ -2494,7 +2493,7 @@ def on_grant_file_access(hub: Broker, link: Link, frame: dict[str, Any]) -> None
     mesh, row, key = link.mesh, _file(hub, link, frame), hex_key(frame["peerPubkey"])
     if not owns(row, link.peer) or not row.encrypted:
         raise Refused("forbidden", "access is granted by a file's owner" if row.encrypted else "the file is not encrypted")
-    if key is None or mesh.owner_of(key) is None:
+    if key is None or mesh.owner(key) is None:
         raise Refused("not_found", "grant_file_access.peerPubkey: no key of this mesh")
     if mesh.store.file_key_count(row.id) >= MAX_FILE_KEYS:
         raise Refused("limit", f"the key of a file is sealed for {MAX_FILE_KEYS} peers at most")
@@ -2903,14 +2902,14 @@ def _announced_file(hub: Broker, call: Call) -> tuple[Mesh, storage.File, dict[s
         raise Denied(507, "limit", "the files of this mesh have no room for another")  # FILE-6
     target, target_member = _file_target(mesh, headers.get("x-target-spec", ""))
     owner_key = _owner_key(mesh, member, headers.get("x-owner-pubkey", ""))
-    owner = member or (mesh.owner_of(owner_key) if owner_key else None)
+    owner = member or (mesh.owner(owner_key) if owner_key else None)
     mime = headers.get("content-type", "")
     row = storage.File(
         hub.new_id(), name, size, mime if MIME.fullmatch(mime) else MIME_DEFAULT, headers.get("x-mesh-content-sha256", ""),
         _tags(headers), target, target_member, owner.id if owner else None, owner_key, uploader,
         headers.get("x-encrypted") == "true", now,
         now + storage.KEEP_FILE_MS if headers.get("x-persistent") == "false" else None)
-    return mesh, row, _file_keys(mesh, headers) if row.encrypted else {}
+    return mesh, row, _file_keys(headers) if row.encrypted else {}
 
 
 def _uploader(hub: Broker, call: Call) -> tuple[Mesh, Member | None, str]:
@@ -2934,7 +2933,7 @@ def _file_target(mesh: Mesh, target: str) -> tuple[str, str | None]:
     """For whom a file is, and the member if that is a key's: it outlives the session (SPEC FILE-8). Raises `Denied`."""
     key = hex_key(target)
     if key is not None:
-        member = mesh.owner_of(key)
+        member = mesh.owner(key)
         if member is None:
             raise Denied(400, "no_such_recipient", "X-Target-Spec: no key of this mesh")
         return key, member.id
@@ -2951,7 +2950,7 @@ def _owner_key(mesh: Mesh, member: Member | None, text: str) -> str | None:
     key = hex_key(text)
     if text and key is None:
         raise Denied(400, "bad_request", "X-Owner-Pubkey: expected 64 hex digits")
-    if member is not None and key is not None and mesh.owner_of(key) is not member:
+    if member is not None and key is not None and mesh.owner(key) is not member:
         raise Denied(403, "forbidden", "X-Owner-Pubkey: the key of somebody else")
     return key
 
@@ -2963,7 +2962,7 @@ def _tags(headers: dict[str, str]) -> list[str]:
     return tags
 
 
-def _file_keys(mesh: Mesh, headers: dict[str, str]) -> dict[str, str]:
+def _file_keys(headers: dict[str, str]) -> dict[str, str]:
     """The sealed keys that come with an encrypted file, by peer key. Raises `Denied`."""
     keys = {hex_key(entry["peerPubkey"]): entry["sealedKey"] for entry in _json_header(headers, "x-file-keys", FILE_KEYS)}
     if len(keys) > MAX_FILE_KEYS or not all(key and _is_sealed_key(sealed) for key, sealed in keys.items()):
@@ -3064,7 +3063,7 @@ def _wanted_file(hub: Broker, call: Call) -> tuple[Mesh, storage.File, str, str]
     else:
         key = _token_key(hub, mesh_id, id, token)
         mesh = hub.find_mesh(mesh_id)
-        member = mesh.owner_of(key) if mesh else None
+        member = mesh.owner(key) if mesh else None
         name = mesh.peers[key].name if mesh and key in mesh.peers else member.name if member else ""
     if member is None:
         raise Denied(401, "unauthorized", "no live member of that mesh asks")
@@ -3290,10 +3289,7 @@ class Broker(Turn):
         now = self.clock()
         for peer in list(mesh.peers.values()):
             mesh.store.requeue_unshown(peer.key)
-            mesh.save(peer, now)
-            mesh.store.touch_member(peer.member.id, now)
-            mesh.store.audit("peer_left", peer.member.id, peer.name, {}, now)
-            mesh.store.release_held(peer.key)
+            _record_leave(mesh, peer, now)
         mesh.peers.clear()
 
     async def _settle_tasks(self) -> None:

@@ -1545,9 +1545,9 @@ class MeshClient:
         now = self._loop.time()
         if self._members_at is None or now >= self._members_at + MEMBERS_FRESH:
             try:
-                path = f"/mesh/{_path_part(self._membership['meshId'])}/members"
-                answer = await asyncio.to_thread(http_call, wire.http_base(self._membership["brokerUrl"]), "GET", path,
-                                                 sign=self._member, timeout=REQUEST_TIMEOUT)
+                path = f"/mesh/{_path_part(self.mesh_id)}/members"
+                answer = await asyncio.to_thread(http_call, self.http_base, "GET", path, sign=self._member,
+                                                 timeout=REQUEST_TIMEOUT)
                 rows = _checked(answer.get("members"), pubkey=str, displayName=str, online=bool)
             except (MeshError, wire.UsageError):
                 rows = []
@@ -1773,11 +1773,7 @@ async def fetch_file(client: MeshClient, id: str, save_to: str | Path | None = N
     Raises `UsageError`, `MeshError`; then nothing is left behind.
     """
     info = await client.request("get_file", fileId=id)
-    key = None
-    if info.get("encrypted"):
-        key = client.unseal(info.get("sealedKey"))
-        if key is None:
-            raise MeshError("no_key", "no key of this session or member opens that file")
+    key = _file_key(client, info) if info.get("encrypted") else None
     destination = Path(save_to or ".")
     if destination.is_dir() or str(save_to).endswith("/"):
         fault = wire.file_name_fault(info["name"])
@@ -1881,11 +1877,16 @@ async def grant_file(client: MeshClient, id: str, key: str) -> None:
     info = await client.request("get_file", fileId=id)
     if not info.get("encrypted"):
         raise MeshError("not_encrypted", "the file is not encrypted; who may read it needs no key")
-    file_key = client.unseal(info.get("sealedKey"))
-    if file_key is None:
-        raise MeshError("no_key", "no key of this session or member opens that file")
+    file_key = _file_key(client, info)
     for peer in sorted(_both_keys(client, key)):
         await client.request("grant_file_access", fileId=id, peerPubkey=peer, sealedKey=wire.seal_key(file_key, peer))
+
+
+def _file_key(client: MeshClient, info: Json) -> bytes:
+    key = client.unseal(info.get("sealedKey"))
+    if key is None:
+        raise MeshError("no_key", "no key of this session or member opens that file")
+    return key
 
 
 def attachment(shared: Json) -> str:
@@ -1896,10 +1897,9 @@ def attachment(shared: Json) -> str:
 async def read_peer_file(client: MeshClient, peer: str, path: str) -> bytes:
     """The content of a file in a directory that `peer`, a key, shares. Raises `MeshError`."""
     reply = await client.request("peer_file_request", targetPubkey=peer, filePath=path)
-    if reply.get("error") or reply.get("content") is None:
-        raise MeshError("peer_refused", f"{path}: {reply.get('error') or 'the peer sent nothing'}")
+    content = _peer_gave(reply, "content", path)
     try:
-        return base64.b64decode(reply["content"], validate=True)
+        return base64.b64decode(content, validate=True)
     except ValueError:
         raise MeshError("malformed", "the peer's answer is not base64") from None
 
@@ -1907,9 +1907,13 @@ async def read_peer_file(client: MeshClient, peer: str, path: str) -> bytes:
 async def list_peer_files(client: MeshClient, peer: str, path: str = ".", pattern: str | None = None) -> list[str]:
     """Names in a directory that `peer` shares; directories end in `/`. Raises `MeshError`."""
     reply = await client.request("peer_dir_request", targetPubkey=peer, dirPath=path, **({"pattern": pattern} if pattern else {}))
-    if reply.get("error") or reply.get("entries") is None:
+    return _peer_gave(reply, "entries", path)
+
+
+def _peer_gave(reply: Json, field: str, path: str) -> Any:
+    if reply.get("error") or reply.get(field) is None:
         raise MeshError("peer_refused", f"{path}: {reply.get('error') or 'the peer sent nothing'}")
-    return reply["entries"]
+    return reply[field]
 
 
 class SharedDirectories:
@@ -2768,15 +2772,11 @@ class Session:
         await link.client.close(CLOSE_BUDGET)
 
     async def leave(self) -> None:
-        """Says goodbye to every mesh at once, within `CLOSE_BUDGET` seconds (MCP-8)."""
+        """Says goodbye to every mesh at once, within `CLOSE_BUDGET` seconds (MCP-8). Should the host's session go
+        on after all, the next tool call connects again."""
         links, self.links = list(self.links.values()), {}
         if links:
             await asyncio.wait([asyncio.ensure_future(self._unlink(link)) for link in links], timeout=CLOSE_BUDGET)
-
-    async def part(self) -> None:
-        """The host's session has ended. Should it go on after all, the next tool call connects again."""
-        await self.leave()
-        self.stamp = "never read"
 
     def pick(self, args: Json, scope: str) -> list[Link]:
         """The meshes a call is about (MCP-21). Raises `MeshError` when that is none or not clear."""
@@ -2979,17 +2979,20 @@ class Session:
                       f"{', decrypted' if got['encrypted'] else ''}.")
 
     async def grant_file_access(self, tool: Tool, args: Json) -> Outcome:
-        link, key = await self.address(args["to"], args)
-        if wire.hex_key(key) is None:
-            raise MeshError("bad_argument", "Access is granted to one peer: give its name or key.")
+        link, key = await self._one_peer(args["to"], args, "Access is granted to")
         await grant_file(await link.ready(), args["fileId"], key)
         return True, f"{label(args['to'])} can now read {label(args['fileId'])}."
 
+    async def _one_peer(self, target: str, args: Json, what: str) -> tuple[Link, str]:
+        """The mesh and the key of a target that is no group. Raises `MeshError`."""
+        link, key = await self.address(target, args)
+        if wire.hex_key(key) is None:
+            raise MeshError("bad_argument", f"{what} one peer: give its name or key.")
+        return link, key
+
     async def _peer(self, args: Json) -> tuple[MeshClient, Json]:
         """The client of the mesh where a peer is, and what is known of it."""
-        link, key = await self.address(args["peer"], args)
-        if wire.hex_key(key) is None:
-            raise MeshError("bad_argument", "Files are asked of one peer: give its name or key.")
+        link, key = await self._one_peer(args["peer"], args, "Files are asked of")
         client = await link.ready()
         return client, next((peer for peer in client.known if peer["pubkey"] == key), {"pubkey": key})
 
@@ -3072,7 +3075,7 @@ class Session:
             times = []
             for _ in range(PINGS):
                 began = time.perf_counter()
-                peers = (await client.request("list_peers"))["peers"]
+                peers = await client.peers()
                 times.append((time.perf_counter() - began) * 1000)
             status = next((peer["status"] for peer in peers if peer["pubkey"] == client.key), "idle")
             through = [p for p in args.get("priorities", PRIORITIES) if p in GATE.get(status, PRIORITIES)]
@@ -4062,7 +4065,7 @@ class Reach:
         self._follow(about.get("transcript_path"))
         self.judge()
         if event == "SessionEnd" and about.get("reason") not in GOES_ON:
-            self._spawn(self.session.part())  # REACH-8
+            self._spawn(self.session.leave())  # REACH-8
         if about.get("agent_id"):
             return "", []  # REACH-9: a sub-agent is not the one who is addressed
         self.publish()
@@ -4635,7 +4638,8 @@ def edit(path: Path, *changes: Callable[[Json], None]) -> tuple[str | None, str]
 
 
 def apply(path: Path, *changes: Callable[[Json], None]) -> Path | None:
-    """Make `changes` to the file, on what it holds now; the copy of what it held, None if nothing changed (HOME-3)."""
+    """Make `changes` to the file, on what it holds now; the copy of what it held, the file itself
+    if it is new, None if nothing changed (HOME-3)."""
     path = Path(os.path.realpath(path))  # a link stays one
     with _Lock(claude_home() / "claudemesh.lock"):
         before, after = edit(path, *changes)
@@ -4705,7 +4709,6 @@ def _change_claude(args: argparse.Namespace, changes: list[tuple[Path, tuple[Any
     print("restart Claude Code sessions that run already; they read these files when they start")
     print(f"next: {_command()} " + ("launch   # a session that messages reach at once; a plain `claude` works too" if joined
                                     else "up   # a mesh on this machine; `join LINK` joins another"))
-    return
 
 
 # The plugin
@@ -4973,8 +4976,7 @@ def _launch_environment(private: Json, session: str | None, folder: Path) -> dic
 
 def _banner(private: Json, entry: Json, folder: _Private) -> None:
     mode = private["messageMode"]
-    groups = " ".join(f"@{group['name']}" + (f":{group['role']}" if group.get("role") else "")
-                      for group in private.get("groups", ()))
+    groups = _group_names(private.get("groups", ()))
     _print_rows([("name", _shown(private["displayName"])), *([("role", _shown(private["role"]))] if "role" in private else []),
                  ("mesh", f"{entry['slug']}  {_shown(entry['brokerUrl'])}"), *([("groups", _shown(groups))] if groups else []),
                  ("mode", f"{mode}: {MODES[mode]}"), ("config", str(folder.path))])
@@ -5269,7 +5271,7 @@ def _welcome() -> str:
 
 async def _do_explain(args: argparse.Namespace) -> None:
     """One sentence: where a message is and why (SPEC HOME-8)."""
-    meshes = [_membership(args)] if args.mesh or len(load_config()["meshes"]) < 2 else load_config()["meshes"]
+    meshes = _memberships(args)
     problems = []
     for entry in meshes:
         try:
@@ -5405,6 +5407,11 @@ def _command() -> str:
 def _membership(args: argparse.Namespace) -> Json:
     """The mesh meant by `--mesh`, or the only one. Raises `UsageError` (CLI-3)."""
     return find_mesh(load_config(), args.mesh, "choose one with --mesh")
+
+
+def _memberships(args: argparse.Namespace) -> list[Json]:
+    """The mesh meant by `--mesh`, else all that are joined. Raises `UsageError` if there is none (CLI-3)."""
+    return [_membership(args)] if args.mesh else load_config()["meshes"] or [_membership(args)]
 
 
 def _quiet(args: argparse.Namespace, **options: Any) -> MeshClient:
@@ -5793,10 +5800,12 @@ async def _do_peers(args: argparse.Namespace) -> None:
     _print_rows(map(_peer_row, peers))
 
 
+def _group_names(groups: Iterable[Json]) -> str:
+    return " ".join(f"@{group['name']}" + (f":{group['role']}" if group.get("role") else "") for group in groups)
+
+
 def _peer_row(peer: Json) -> tuple[str, ...]:
-    groups = " ".join(f"@{group['name']}" + (f":{group['role']}" if group.get("role") else "")
-                      for group in peer["groups"])
-    marks = [groups, peer.get("visible") is False and "hidden", peer.get("reconnecting") and "reconnecting",
+    marks = [_group_names(peer["groups"]), peer.get("visible") is False and "hidden", peer.get("reconnecting") and "reconnecting",
              reached(peer), peer["cwd"], peer["summary"] and f'"{peer["summary"]}"']
     return peer["displayName"], peer["pubkey"][:KEY_DIGITS], peer["status"], "  ".join(filter(None, marks))
 
@@ -5899,9 +5908,8 @@ async def _do_get(args: argparse.Namespace) -> None:
 
 
 async def _do_files(args: argparse.Namespace) -> None:
-    wanted = {name: value for name, value in (("query", args.query), ("from", args.uploader)) if value}
-    async with _quiet(args) as client:
-        files = (await client.request("list_files", **wanted))["files"]
+    wanted = {"query": args.query or None, "from": args.uploader or None}
+    files = (await _ask(args, "list_files", **wanted))["files"]
     _print_table(args, files, {
         "ID": "id", "NAME": "name", "BYTES": "size", "BY": "uploadedBy", "AT": lambda file: _local_time(file["uploadedAt"]),
         "EXPIRES": lambda file: _local_time(file.get("expiresAt")), "": lambda file: " ".join(filter(None, [
@@ -5933,8 +5941,7 @@ class _Bar:
 async def _do_inbox(args: argparse.Namespace) -> None:
     """Print what waits for the member in the mesh named, else in all; what was printed, and nothing else, is
     reported as shown (CLI-9)."""
-    meshes = load_config()["meshes"]
-    entries = [_membership(args)] if args.mesh or not meshes else meshes
+    entries = _memberships(args)
     args.several = len(entries) > 1
     clients = [MeshClient(entry, quiet=True, inbox=True, auto_shown=False) for entry in entries]
     problems = [error for error in await asyncio.gather(*map(_open_inbox, clients)) if error is not None]
@@ -6053,8 +6060,7 @@ async def _do_remind_list(args: argparse.Namespace) -> None:
 
 
 async def _do_remind_cancel(args: argparse.Namespace) -> None:
-    async with _quiet(args) as client:
-        ack = await client.request("cancel_scheduled", scheduledId=args.id)
+    ack = await _ask(args, "cancel_scheduled", scheduledId=args.id)
     if not ack["ok"]:
         raise MeshError("not_found", f"nothing scheduled has the id {args.id!r} (see claudemesh remind list)")
     print(f"{_shown(args.id)} will not be sent")
@@ -6091,8 +6097,7 @@ async def _do_state_set(args: argparse.Namespace) -> None:
 
 
 async def _do_state_list(args: argparse.Namespace) -> None:
-    async with _quiet(args) as client:
-        entries = (await client.request("list_state"))["entries"]
+    entries = (await _ask(args, "list_state"))["entries"]
     _print_table(args, entries, {"KEY": "key", "VALUE": lambda entry: one_line(_json(entry["value"]), CELL),
                                  "SET BY": "updatedBy", "AT": lambda entry: _local_time(entry["updatedAt"])})
     if not args.json and any(len(_json(entry["value"])) > CELL for entry in entries):
@@ -6193,13 +6198,12 @@ async def _do_sql(args: argparse.Namespace) -> None:
 
 
 def _sql_cell(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else _json(value)
+    return "" if value is None else _value(value)
 
 
 async def _do_info(args: argparse.Namespace) -> None:
     """One look at a mesh: who this machine is there, and what the broker knows of it."""
-    async with _quiet(args) as client:
-        info = _without(await client.request("mesh_info"), "type", "_reqId")
+    info = await _ask(args, "mesh_info")
     entry = _membership(args)
     record = {"slug": entry["slug"], "meshId": entry["meshId"], "memberId": entry["memberId"],
               "brokerUrl": entry["brokerUrl"], "displayName": info["yourName"], "peerCount": info["peers"],
@@ -6532,7 +6536,7 @@ COMMANDS = {  # CLI-2
     "plugin": Command("Claude Code", _do_plugin, "write a Claude Code plugin that does the same", (
         _argument("folder", metavar="FOLDER", help="a new folder, or one written before"),)),
     "launch": Command("Claude Code", _do_launch, "start Claude Code as a peer; what follows -- is for claude", (
-        _argument("--name", help="what others call this session (default: as configured, else the host's name)"),
+        _argument("--name", help="what others call this session (default: as configured, else host and process)"),
         _argument("--role", help="its part on the mesh"),
         _argument("--groups", metavar="LIST", help="name:role,name: the groups it joins"),
         _argument("--mesh", metavar="SLUG", help="which mesh, where several are joined"),

@@ -931,13 +931,11 @@ class Store:
         if mesh is None:
             raise StoreError(f"{self.directory.name}/{DATABASE} holds no mesh")
         self._mesh = mesh
-        self._page_size: int = self._one("PRAGMA page_size")[0]
         self._seq: int = self._one("SELECT ifnull(max(seq), 0) FROM message")[0]
         self._accepted, self._prune_after, self._expired_to = (0, "", 0), 0, 0
         self._head = self._committed_head = self._one(
             "SELECT id, hash FROM audit ORDER BY id DESC LIMIT 1") or (0, GENESIS)
-        self.changed = self._unmoved = False
-        self._wal_mark = 0
+        self.changed = False
         self._write("UPDATE delivery SET state = 0, at = NULL WHERE state < 2 AND state = 1")  # STORE-17
         self._release("held_for IS NOT NULL", ())
         self.commit()
@@ -998,7 +996,7 @@ class Store:
         if not self._db.in_transaction:
             raise sqlite3.OperationalError("the transaction was rolled back by SQLite")
         self._db.execute("COMMIT")
-        self.changed, self._unmoved = False, True
+        self.changed = False
         self._committed_head = self._head
         while self._unwanted:  # FILE-13: not before; a row without its blob is worse than a blob without its row
             _remove(self.blob(self._unwanted.pop()))
@@ -1028,13 +1026,7 @@ class Store:
             self._db.execute("PRAGMA busy_timeout = 0")  # the caller has a loop to serve: never wait here
             busy, logged, moved = self._one("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-        self._unmoved, self._wal_mark = bool(busy) or moved < logged, self._wal_bytes()
-        return not self._unmoved
-
-    def wal_pages(self) -> int:
-        """What `checkpoint` would find: 0 nothing, else the pages in the log; 1 while it overwrites its old length."""
-        size = self._wal_bytes()
-        return size // (self._page_size + 24) if size > self._wal_mark else int(self._unmoved)
+        return not busy and moved == logged
 
     def _wal_bytes(self) -> int:
         return os.stat(self._wal).st_size if os.path.exists(self._wal) else 0

@@ -146,12 +146,8 @@ async def test_an_unproven_session_key_is_not_taken_over_by_another_member(world
 
 
 @spec("HELLO-1")
-@story
+@story(max_connections=2)
 async def test_a_full_mesh_says_capacity_before_anything_else(world):
-    await world.stop()
-    world.settings["max_connections"] = 2
-    await world.start()
-    world.mesh = world.broker.find_mesh(world.mesh.id)
     await world.peer("ana")
     await world.peer("bo")
     assert await refused(world, {"type": "hello", "meshId": world.mesh.id}) == ("capacity", 1008, "capacity")
@@ -766,12 +762,8 @@ async def test_a_repeated_send_returns_the_first_result_and_is_delivered_once(wo
 
 
 @spec("DELIV-11", "OPS-5")
-@story
+@story(send_rate=2)
 async def test_a_repeat_is_answered_even_when_the_rate_is_used_up(world):
-    await world.stop()
-    world.settings["send_rate"] = 2
-    await world.start()
-    world.mesh = world.broker.find_mesh(world.mesh.id)
     ana, bo = await world.peer("ana"), await world.peer("bo")
     nonce, body = wire.plain_body("x")
     first = await ana.send(bo.key, nonce=nonce, ciphertext=body, client_message_id="c1")

@@ -288,24 +288,16 @@ async def test_a_newer_inbox_takes_over_from_an_older_one(world):
 
 
 @spec("HELLO-1")
-@story
+@story(max_connections=2)
 async def test_in_a_full_mesh_a_session_may_still_replace_its_own_connection(world):
-    await world.stop()
-    world.settings["max_connections"] = 2
-    await world.start()
-    world.mesh = world.broker.find_mesh(world.mesh.id)
     ana, _ = await world.peer("ana"), await world.peer("bo")
     assert (await refused(world, world.hello("cy", wire.KeyPair.generate())))[0] == "capacity"
     assert (await world.peer("ana", session=ana.session)).greeting["type"] == "hello_ack"
 
 
 @spec("PRES-5")
-@story
+@story(max_connections=3)
 async def test_presences_in_their_grace_are_bounded(world):
-    await world.stop()
-    world.settings["max_connections"] = 3
-    await world.start()
-    world.mesh = world.broker.find_mesh(world.mesh.id)
     for n in range(9):
         await (await world.peer("ana", sessionId=str(n))).drop()
     assert len(world.mesh.peers) == 6
@@ -538,11 +530,8 @@ async def test_a_proxy_and_a_web_page_are_local_but_who_uses_them_is_not(world):
 
 
 @spec("HTTP-25")
-@story
+@story(admin_token="let-me-in")
 async def test_the_admin_token_opens_the_door_from_elsewhere(world):
-    await world.stop()
-    world.settings["admin_token"] = "let-me-in"
-    await world.start()
     owner = wire.KeyPair.generate()
     headers = {"X-Forwarded-For": "192.0.2.1", "Authorization": "Bearer let-me-in"}
     status, answer = await world.http("POST", "/mesh", {"slug": "lab", "owner_pubkey": owner.public}, sign=owner, headers=headers)

@@ -114,6 +114,12 @@ class FakeBroker:
         """Cut the newest connection without a word."""
         self.connections[-1].abort()
 
+    async def keep_out(self, client: Any) -> None:
+        """Cut its connection and refuse it from now on; returns once it has been turned away."""
+        self.refuse = "capacity"
+        self.drop()
+        await self.until(lambda: client.state == "reconnecting" and len(self.all("hello")) > 1)
+
     def all(self, kind: str) -> list[dict]:
         return [frame for frame in self.frames if frame["type"] == kind]
 
@@ -1036,9 +1042,7 @@ def test_what_the_broker_refused_is_not_tried_again_and_what_was_before_it_stays
 def test_a_status_set_while_offline_is_an_error_now_and_true_after_the_reconnect():
     async def story():
         async with FakeBroker() as broker, broker.client() as client:
-            broker.refuse = "capacity"
-            broker.drop()
-            await broker.until(lambda: client.state == "reconnecting" and len(broker.all("hello")) > 1)
+            await broker.keep_out(client)
             with pytest.raises(MeshError, match="takes effect once connected again") as offline:
                 await client.set_status("dnd")
             assert offline.value.code == "offline"
@@ -1088,9 +1092,7 @@ def test_a_send_that_stays_unanswered_ends_with_timeout_and_is_not_sent_later():
 def test_a_send_while_offline_waits_for_the_connection():
     async def story():
         async with FakeBroker() as broker, broker.client() as client:
-            broker.refuse = "capacity"
-            broker.drop()
-            await broker.until(lambda: client.state == "reconnecting" and len(broker.all("hello")) > 1)
+            await broker.keep_out(client)
             sending = asyncio.ensure_future(client.send(BOB.public, "patience", timeout=LIMIT))
             await broker.until(lambda: len(broker.all("hello")) > 3)
             assert not sending.done()
@@ -1103,9 +1105,7 @@ def test_a_send_while_offline_waits_for_the_connection():
 def test_a_send_that_found_no_connection_in_time_failed_and_is_never_sent():
     async def story():
         async with FakeBroker() as broker, broker.client() as client:
-            broker.refuse = "capacity"
-            broker.drop()
-            await broker.until(lambda: client.state == "reconnecting" and len(broker.all("hello")) > 1)
+            await broker.keep_out(client)
             with pytest.raises(MeshError, match="nothing was sent") as offline:
                 await client.send(BOB.public, "gone", timeout=0.05)
             assert offline.value.code == "offline"
@@ -1587,9 +1587,7 @@ def test_what_is_shown_while_offline_is_reported_when_the_broker_repeats_it():
         async with FakeBroker() as broker, broker.client(auto_shown=False) as client:
             broker.push(push(1, "m1"))
             await next_push(client)
-            broker.refuse = "capacity"
-            broker.drop()
-            await broker.until(lambda: client.state == "reconnecting" and len(broker.all("hello")) > 1)
+            await broker.keep_out(client)
             client.shown("m1")
             broker.refuse = None
             await client.opened()

@@ -445,10 +445,8 @@ async def test_what_a_crash_left_is_swept_when_the_broker_starts(world):
     id = await shared(world, "ana", b"kept")
     for orphan in ("f" * 32, "e" * 32 + ".part"):
         (world.data / "den" / "files" / orphan).write_bytes(b"left")
-    await world.stop()
-    await world.start()
+    await world.restart()
     assert blobs(world) == [id]
-    world.mesh = world.broker.find_mesh(world.mesh.id)
 
 
 class Process:

@@ -266,22 +266,8 @@ async def test_the_number_of_collections_is_limited(world, monkeypatch):
 
 # --- Embedders ------------------------------------------------------------------------------------
 
-
-def with_embedder(name: str):
-    """A story in a world whose broker has that embedder."""
-    def tell(test):
-        async def inner(world, **fixtures):
-            await world.stop()
-            world.settings["embedder"] = f"embedders:{name}"
-            await world.start()
-            world.mesh = world.broker.find_mesh(world.mesh.id)
-            await test(world, **fixtures)
-        return story(inner)
-    return tell
-
-
 @spec("VEC-9")
-@with_embedder("by_subject")
+@story(embedder="embedders:by_subject")
 async def test_an_embedder_finds_what_is_spelt_otherwise(world):
     embedders.calls.clear()
     ana = await world.peer("ana")
@@ -295,7 +281,7 @@ async def test_an_embedder_finds_what_is_spelt_otherwise(world):
 
 
 @spec("VEC-9")
-@with_embedder("by_length")
+@story(embedder="embedders:by_length")
 async def test_another_embedder_is_shown_everything_again(world):
     ana = await world.peer("ana")
     for n in range(100):
@@ -316,7 +302,7 @@ async def test_another_embedder_is_shown_everything_again(world):
     ("too_few", "the embedder did not return 1 lists of one length"),
     ("uneven", "the embedder returns lists of different lengths")])
 def test_an_embedder_that_fails_is_a_vector_error(tmp_path, name, message):
-    @with_embedder(name)
+    @story(embedder=f"embedders:{name}")
     async def tell(world):
         ana = await world.peer("ana")
         await ana.request("vector_store", collection="notes", text="the text")
