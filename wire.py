@@ -10,8 +10,8 @@ declaration of the protocol: the broker validates from it, clients build request
 tables of SPEC.md are printed from it (`python wire.py --tables`). The cryptography is libsodium's, by
 `nacl.bindings`; this module only fixes which bytes go in and which come out.
 
-Two families of errors, nothing else crosses the module's edge: `UsageError`, the caller's own mistake,
-and `ProtocolError`, the other side's, whose subclasses carry the reaction.
+Two families of errors: `UsageError`, the caller's own mistake, and `ProtocolError`, the other side's, whose
+subclasses carry the reaction. What the network does stays the `OSError` that it is.
 
 Sections: 1 limits and errors, 2 numbers of RFC 6455, 3 masking and frames out, 4 the WebSocket without I/O,
 5 HTTP/1.1 requests, 6 HTTP/1.1 answers and a GET, 7 opening handshake, 8 connections on asyncio streams, 9 text and
@@ -185,11 +185,6 @@ def frame(first: int, payload: bytes, mask: bytes = b"") -> bytes:
     if mask:
         return head + mask + apply_mask(payload, mask)
     return head + payload
-
-
-def text_frame(payload: str | bytes) -> bytes:
-    """A server's text frame. The same for every client, so a multicast needs it once. UsageError: lone surrogate."""
-    return frame(FIN_TEXT, _utf8(payload) if isinstance(payload, str) else payload)
 
 
 def masks(random: Callable[[int], bytes] = os.urandom) -> Iterator[bytes]:
@@ -943,7 +938,7 @@ def unsent(writer: asyncio.StreamWriter) -> int:
 class Connection:
     """A WebSocket on a stream, either side. One task calls `receive` or `pump`; anything may write.
 
-    `write` puts framed bytes (`text_frame`) on the socket, without waiting and without failing: to a peer
+    `write` puts framed bytes on the socket, without waiting and without failing: to a peer
     that has gone, or after our close frame, it does nothing. `buffered` says how much has not left yet.
     """
 
@@ -1552,7 +1547,7 @@ ERRORS = {
 # --- 11. Validation -------------------------------------------------------------------------------
 
 _SCALARS: dict[str, tuple[type, ...]] = {
-    "string": (str,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,),
+    "string": (str,), "number": (int, float), "boolean": (bool,), "object": (dict,),
 }
 
 
@@ -1907,14 +1902,18 @@ def seal_multicast(text: str, recipients: Iterable[str], secret: str) -> tuple[s
     """
     key, nonce = os.urandom(KEY_BYTES), os.urandom(NONCE_BYTES)
     body = sodium.crypto_secretbox_easy(text.encode(), nonce, key)
-    return _b64(nonce), _b64(body), {r: seal_content_key(key, nonce, body, r, secret) for r in recipients}
+    bound = key + _digest(nonce, body)
+    return _b64(nonce), _b64(body), {r: _seal_content_key(bound, r, secret) for r in recipients}
 
 
-def seal_content_key(key: bytes, nonce: bytes, body: bytes, recipient: str, secret: str) -> str:
-    """The entry of `sealedKeys` for one recipient: the content key, bound to the body by its digest so
-    that another holder of the key cannot put other words under it (CRYPTO-9)."""
+def _digest(nonce: bytes, body: bytes) -> bytes:
+    """Binds a content key to its body: another holder of the key cannot put other words under it (CRYPTO-9)."""
+    return hashlib.blake2b(nonce + body, digest_size=32).digest()
+
+
+def _seal_content_key(bound: bytes, recipient: str, secret: str) -> str:
     own = os.urandom(NONCE_BYTES)
-    return _b64(own + _box(key + hashlib.blake2b(nonce + body, digest_size=32).digest(), recipient, secret, own))
+    return _b64(own + _box(bound, recipient, secret, own))
 
 
 def open_multicast(nonce: str, ciphertext: str, sealed_key: str, sender: str, secret: str) -> str | None:
@@ -1922,7 +1921,7 @@ def open_multicast(nonce: str, ciphertext: str, sealed_key: str, sender: str, se
     try:
         sealed, own, body = _unb64(sealed_key), _unb64(nonce), _unb64(ciphertext)
         bound = _open_box(sealed[NONCE_BYTES:], sealed[:NONCE_BYTES], sender, secret)
-        if bound is None or bound[KEY_BYTES:] != hashlib.blake2b(own + body, digest_size=32).digest():
+        if bound is None or bound[KEY_BYTES:] != _digest(own, body):
             return None
         return sodium.crypto_secretbox_open_easy(body, own, bound[:KEY_BYTES]).decode()
     except (CryptoError, RuntimeError, ValueError, TypeError):
